@@ -1,0 +1,6062 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["pyzmq>=24", "backports.zstd; python_version < '3.14'"]
+# ///
+"""zbackup: a central server backs up the machines of a LAN over ZeroMQ.
+
+    python zbackup.pyz server --range 9-12      sweep 127.0.0.9 to .12 every hour
+    python zbackup.pyz node --file files/bd     on each machine: what it may serve
+
+Chapters, in order; each uses only what stands above it:
+
+     1. SETTINGS   every figure, its unit and why
+     2. ERRORS     what can go wrong, and the exit code of each
+     3. RECORDS    the nouns, and each format beside its struct
+     4. DISK       durable writes, locks, folders that cannot be left
+     5. KEYS       who a node is
+     6. WIRE       sockets, kinds of message, credit
+     7. STORE      packs, index, snapshots
+     8. KEEP       what may be deleted
+     9. NODE       scan, freeze, read, answer
+    10. SWEEP      probe, pull, schedule
+    11. RESTORE    a snapshot back to files
+    12. REPORT     records in, text and JSON out
+    13. COMMANDS   flags, signals, the clock; the only chapter that prints
+
+Words: a *page* is 4 KiB of a file, the grain of change.  A *chunk* is up to
+1 MiB of a file at a 1 MiB boundary, named by its *digest*: the SHA-256 of its
+pages' hashes, each a SHA-256 cut to 16 bytes.  A chunk is kept *whole* or as a
+*patch*, runs of bytes of whole chunks.  A *frame* is about 1 MiB of chunks
+compressed together, a *pack* an append-only file of frames, the *index* a
+SQLite table from digest to place.  An *entry* is one path and its content, a
+*block* some hundred entries, a *snapshot* all entries of one node at one time.
+A *sweep* is one pass over the addresses.
+
+On disk (the formats stand in RECORDS):
+
+    backups/zbackup.json                      the store's format, id and required features
+    backups/lock                              shared to write, exclusive to delete
+    backups/index.sqlite                      rebuilt from the packs when lost
+    backups/packs/3f/3f09….pack               named by the SHA-256 of its bytes
+    backups/127.0.0.9/node.json               identity, addresses, first and last seen
+    backups/127.0.0.9/snapshots/2026-….json   one version of all the node's files
+    backups/127.0.0.9/progress.json           what a pull that was cut off had
+    backups/127.0.0.9/latest/                 the newest version as plain files
+    backups/127.0.0.9/latest.json             which snapshot `latest` shows
+
+On the wire, each message is two frames, a JSON head and a binary body; the
+server (DEALER) asks, the node (ROUTER) answers in the order of the questions:
+
+    HELLO  version and codecs      ->  version, identity, name, roots
+    OPEN   codec                   ->  roots that are missing, what --before said
+    LIST                           ->  the next entries, sorted by path
+    READ   files, chunks, hashes   ->  for each: same, patch, whole or zeros
+    CLOSE                          ->  done; --after has run
+    Any of them may answer WORKING (not done yet) or ERROR (one sentence).
+
+Invariants, cited as I1 … I8:
+
+    I1  A snapshot exists only when its JSON file does: written to a temporary
+        name, synced, renamed, folder synced, after everything it names.
+    I2  Order: pack, sync, rename, sync folder; then index; then snapshot.
+    I3  Nothing that a snapshot names is ever overwritten or appended to.
+    I4  The index holds nothing that the packs do not.
+    I5  What is received is decoded and its digest checked before it is kept.
+    I6  Deletion follows a plan made under the exclusive lock.
+    I7  Times that decide come from the server's clock; sequence numbers break
+        ties.  A node's times are compared for equality only.
+    I8  A file that changed while being read is never recorded as good.
+
+Exit codes: 0 all good; 1 a node failed, or a copy is torn or partial; 2 wrong
+usage; 3 a node is missing for too long; 4 the store is damaged, full or
+locked; 5 nobody answered; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import stat as stat_bits
+import struct
+import sys
+import threading
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NoReturn
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    import zmq
+
+# Imported where they are used, for a quick start and `--help`: zmq, sqlite3,
+# datetime, fcntl, glob, grp, ipaddress, pwd, queue, secrets, shlex, socket,
+# subprocess, tempfile, time.
+
+# ==== 1. SETTINGS: every figure, its unit and why ====
+
+VERSION = "0.1.0"
+
+# The format: part of what is stored and sent.  Changing one makes another format.
+PROTOCOL = 1  # stands in HELLO
+FORMAT = 1  # stands in zbackup.json
+FEATURES: tuple[str, ...] = ()  # what a reader of our stores must know beyond FORMAT
+PAGE = 4096  # bytes; the page of SQLite and of most filesystems
+CHUNK = 1 << 20  # bytes; about 1 MiB a message is where ZeroMQ is fastest
+PAGE_HASH = 16  # bytes of each page's SHA-256: 0.4 % of the content in hashes
+DIGEST = 32  # bytes of a SHA-256
+LIST_SPAN = 1024  # chunks named by one list: 1 GiB of a file, so that memory stays flat
+MOST_SOURCES = 16  # chunks that one patch may draw from before it is written whole again
+PATH_LIMIT = 32768  # bytes of one path; folders opened one by one may nest beyond PATH_MAX
+
+# Limits against a hostile or broken peer.
+HEAD_LIMIT = 4 << 20  # bytes of a message's JSON head
+BODY_LIMIT = 2 << 20  # bytes of a message's body, a frame of incompressible chunks included
+XATTR_LIMIT = 256 << 10  # bytes of the extended attributes of one file
+READ_LIMIT = 256  # files in one READ: their items fit the head
+QUEUE_LIMIT = 64  # requests waiting in one session: four times the default window
+RECORD_LIMIT = 64 << 20  # bytes of one record of a pack, before memory is taken for it
+
+# Defaults of flags.
+NETWORK = "127.0.0"
+PORT = 4545
+STORE = "backups"
+FILE = "files/bd"
+EVERY = 3600.0  # s between the starts of two sweeps
+HELLO_TIMEOUT = 1.0  # s; a LAN answers in milliseconds
+ANSWER_TIMEOUT = 30.0  # s without any sign of a node that owes a reply
+FREEZE_TIMEOUT = 3600.0  # s that one request may take while the node says "still working"
+HELLOS_AT_ONCE = 256  # silent addresses each hold one of the kernel's 1,024 neighbour entries
+JOBS = 4  # nodes pulled side by side
+WINDOW = 8 << 20  # bytes asked for and not yet received, for each node
+TRIES = 5  # readings of a file that keeps changing, before it counts as torn
+PAUSE = 0.2  # s before a changed file is read again; doubled at each try
+STALE = 3 * 86400.0  # s that a known node may be missing before the exit code says so
+PACK_SIZE = 64 << 20  # bytes; what a kill -9 can cost is one pack not yet sealed
+PACK_CHUNKS = 20000  # chunks; bounds the memory of a pack of tiny files
+LEVEL = 1  # of zstd or zlib: the network and the hash are slower than level 1
+MARGIN = 2.0  # s; a file younger than this may change again within one tick of its timestamps
+WORKING_EVERY = 1.0  # s between two "still working"
+SESSION_TIMEOUT = 120.0  # s without a request before a node drops a server's session
+SESSIONS = 4  # servers that one node serves at once
+LOCKED_TIMEOUT = 60.0  # s to wait for a SQLite database that another program holds
+HEARTBEAT = 5.0  # s between the ZMTP pings that find a dead peer
+
+# ==== 2. ERRORS: what can go wrong, and the exit code of each ====
+
+
+class BackupError(Exception):
+    """What zbackup reports in one sentence; the class says the exit code."""
+
+    exit_code = 1
+
+
+class UsageError(BackupError):
+    """A flag or an argument that cannot be meant."""
+
+    exit_code = 2
+
+
+class NodeError(BackupError):
+    """A node that failed, went away or refused; other nodes go on."""
+
+    def __init__(self, sentence: str, code: str = "failed") -> None:
+        super().__init__(sentence)
+        self.code = code  # as in an ERROR reply
+
+
+class ProtocolError(NodeError):
+    """A peer that sent what the protocol does not allow."""
+
+
+class FormatError(BackupError):
+    """Bytes that do not decode as what they should be."""
+
+
+class StoreError(BackupError):
+    """A store that is damaged, full, locked or of another kind."""
+
+    exit_code = 4
+
+
+class MissingChunk(StoreError):
+    """A digest that no pack of the store holds."""
+
+
+class RestoreError(BackupError):
+    """A file that could not be restored; the others are."""
+
+
+class Interrupted(BackupError):
+    """Ctrl-C or SIGTERM; what arrived is kept."""
+
+    exit_code = 130
+
+
+def explain(error: OSError) -> str:
+    """Return the reason of an OSError as words, without its number and path."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+# ==== 3. RECORDS: the nouns, and each format beside its struct ====
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The only ways to tell the time; COMMANDS makes the real one."""
+
+    now: Callable[[], int]  # ns since 1970, UTC
+    monotonic: Callable[[], float]  # s
+    sleep: Callable[[float], None]  # s
+
+
+# ---- paths: bytes inside, UTF-8 with surrogate escapes in JSON ----
+
+
+def encode_path(path: bytes) -> str:
+    """Return `path` as text that JSON can carry and decode_path gives back."""
+    return path.decode("utf-8", "surrogateescape")
+
+
+def decode_path(text: str) -> bytes:
+    """Return the path in `text`; FormatError when it could lead out of its root."""
+    try:
+        path = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise FormatError(f"a path with characters that no file name has: {show(text)}") from None
+    if not path or len(path) > PATH_LIMIT or b"\0" in path:
+        raise FormatError(f"a path that is empty, too long or has a NUL: {show(text[:100])}")
+    if any(part in (b"", b".", b"..") for part in path.split(b"/")):
+        raise FormatError(f"a path that is not plain: {show(text[:1000])}")
+    return path
+
+
+def path_key(path: bytes) -> bytes:
+    """Return the sort key of `path`: a folder's content follows it at once."""
+    return path.replace(b"/", b"\0")
+
+
+def show(text: str | bytes) -> str:
+    """Return `text` for a terminal or a log: what does not print is escaped."""
+    if isinstance(text, bytes):
+        text = encode_path(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# ---- JSON that came from elsewhere: every field is checked when it is taken ----
+
+write_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Fields:
+    """A JSON object from a peer or a disk, whose values are checked as they are taken."""
+
+    def __init__(self, data: bytes | str | memoryview, what: str) -> None:
+        self.what = what  # names the object in errors
+        try:
+            values = json.loads(bytes(data) if isinstance(data, memoryview) else data)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{what} is not JSON: {str(error)[:100]}") from None
+        if not isinstance(values, dict):
+            raise FormatError(f"{what} is not a JSON object")
+        self.values: dict[str, Any] = values
+
+    @classmethod
+    def inside(cls, value: object, what: str) -> Fields:
+        """Return the Fields of an object that stands inside another."""
+        fields = cls.__new__(cls)
+        if not isinstance(value, dict):
+            raise FormatError(f"{what} is not a JSON object")
+        fields.what, fields.values = what, value
+        return fields
+
+    def wrong(self, name: str) -> NoReturn:
+        raise FormatError(f"{self.what}: wrong value of {name}: {show(repr(self.values.get(name))[:80])}")
+
+    def integer(self, name: str, default: int | None = None, low: int = 0, high: int = 1 << 63) -> int:
+        value = self.values.get(name, default)
+        if type(value) is not int or not low <= value <= high:
+            self.wrong(name)
+        return value
+
+    def text(self, name: str, default: str | None = None, limit: int = 4096) -> str:
+        value = self.values.get(name, default)
+        if type(value) is not str or len(value) > limit:
+            self.wrong(name)
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.values.get(name, False)
+        if type(value) is not bool:
+            self.wrong(name)
+        return value
+
+    def path(self, name: str) -> bytes:
+        return decode_path(self.text(name, limit=PATH_LIMIT))
+
+    def items(self, name: str, limit: int) -> list[Any]:
+        value = self.values.get(name, [])
+        if type(value) is not list or len(value) > limit:
+            self.wrong(name)
+        return value
+
+    def texts(self, name: str, limit: int = 4096, length: int = PATH_LIMIT) -> list[str]:
+        value = self.items(name, limit)
+        if any(type(text) is not str or len(text) > length for text in value):
+            self.wrong(name)
+        return value
+
+    def integers(self, name: str, limit: int, high: int = 1 << 63) -> list[int]:
+        value = self.items(name, limit)
+        if any(type(number) is not int or not -high <= number <= high for number in value):
+            self.wrong(name)
+        return value
+
+    def digest(self, name: str) -> bytes:
+        return decode_digest(self.text(name, limit=2 * DIGEST))
+
+
+def decode_digest(text: object) -> bytes:
+    """Return the 32 bytes of a digest written as 64 hexadecimal characters."""
+    try:
+        digest = bytes.fromhex(text) if isinstance(text, str) else b""
+    except ValueError:
+        digest = b""
+    if len(digest) != DIGEST:
+        raise FormatError(f"not a digest: {show(repr(text)[:80])}")
+    return digest
+
+
+# ---- digests ----
+
+
+def hash_pages(data: bytes | memoryview) -> bytes:
+    """Return the hashes of the pages of `data`, 16 bytes each, joined."""
+    view, sha256 = memoryview(data), hashlib.sha256
+    return b"".join([sha256(view[i : i + PAGE]).digest()[:PAGE_HASH] for i in range(0, len(view), PAGE)])
+
+
+def digest_pages(pages: bytes) -> bytes:
+    """Return the digest of the chunk whose page hashes are `pages`."""
+    return hashlib.sha256(pages).digest()
+
+
+def count_pages(length: int) -> int:
+    """Return the number of pages, the last one perhaps short, in `length` bytes."""
+    return -(-length // PAGE)
+
+
+# ---- codecs: how a frame is compressed ----
+
+PLAIN, ZLIB, ZSTD = 0, 1, 2
+CODECS = {"plain": PLAIN, "zlib": ZLIB, "zstd": ZSTD}
+SAMPLE = 64 << 10  # bytes tried first: what does not shrink here is sent as it is
+
+
+@functools.lru_cache(maxsize=1)
+def load_zstd() -> Any:
+    """Return the zstd module of this Python, its backport, or None."""
+    with contextlib.suppress(ImportError):
+        from compression import zstd  # type: ignore[import-not-found, unused-ignore]
+
+        return zstd
+    with contextlib.suppress(ImportError):
+        from backports import zstd as backport
+
+        return backport
+    return None
+
+
+def list_codecs() -> list[str]:
+    """Return the names of the codecs of this Python, the best first."""
+    return (["zstd"] if load_zstd() else []) + ["zlib", "plain"]
+
+
+def compress(codec: int, data: bytes, level: int) -> tuple[int, bytes]:
+    """Return `data` compressed, and the codec used: PLAIN where it does not pay."""
+    if codec == PLAIN or (len(data) > 2 * SAMPLE and not _shrinks(codec, data[:SAMPLE], level)):
+        return PLAIN, data
+    packed = _compress(codec, data, level)
+    return (codec, packed) if len(packed) < len(data) else (PLAIN, data)
+
+
+def _compress(codec: int, data: bytes, level: int) -> bytes:
+    if codec == ZSTD:
+        packed: bytes = load_zstd().compress(data, level)
+        return packed
+    return zlib.compress(data, level)
+
+
+def _shrinks(codec: int, sample: bytes, level: int) -> bool:
+    return len(_compress(codec, sample, level)) < 0.97 * len(sample)
+
+
+def decompress(codec: int, data: bytes | memoryview, size: int) -> bytes:
+    """Return the `size` bytes in `data`; never takes more memory than that."""
+    if codec == PLAIN:
+        raw = bytes(data)
+    elif codec == ZLIB:
+        raw = _decompress(zlib.decompressobj(), data, size, zlib.error)
+    elif codec == ZSTD and load_zstd():
+        raw = _decompress(load_zstd().ZstdDecompressor(), data, size, load_zstd().ZstdError)
+    elif codec == ZSTD:
+        raise StoreError("this data is compressed with zstd, which this Python lacks: install backports.zstd")
+    else:
+        raise FormatError(f"unknown codec {codec}")
+    if len(raw) != size:
+        raise FormatError(f"a frame of {size} bytes decodes to {len(raw)}")
+    return raw
+
+
+def _decompress(decoder: Any, data: bytes | memoryview, size: int, failure: type[Exception]) -> bytes:
+    try:
+        raw: bytes = decoder.decompress(data, size + 1)
+    except (failure, ValueError, MemoryError) as error:
+        raise FormatError(f"a frame does not decompress: {error}") from None
+    if not decoder.eof or decoder.unused_data:
+        raise FormatError(f"a frame is cut off, or longer than its {size} bytes")
+    return raw
+
+
+# ---- an entry: what a listing says of a path, a tab, what was read of it ----
+
+KINDS = ("file", "directory", "symlink", "fifo", "socket", "block", "character")
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What a listing says of one path; equal bytes mean an unchanged file."""
+
+    path: bytes
+    kind: str  # one of KINDS
+    mode: int = 0  # permissions, setuid, setgid and sticky; not the type
+    uid: int = 0
+    gid: int = 0
+    user: str = ""
+    group: str = ""
+    size: int = 0  # bytes
+    mtime: int = 0  # ns
+    ctime: int = 0  # ns
+    inode: int = 0
+    device: int = 0  # only for files with more than one name
+    links: int = 1
+    rdev: int = 0  # of a device file
+    target: bytes = b""  # of a symlink
+    sparse: bool = False
+    database: bool = False  # a SQLite database
+    wal: tuple[int, ...] = ()  # size and mtime of the database's write-ahead log
+    fresh: bool = False  # too young for its timestamps to prove anything
+    xattrs: Mapping[str, str] = field(default_factory=dict)  # base64; a file's stand in Content
+    error: str = ""  # why the path cannot be read
+
+    @property
+    def state(self) -> list[int]:
+        """What must stay the same while the file is read."""
+        return [self.size, self.mtime, self.ctime, self.inode, *self.wal]
+
+    @property
+    def link_key(self) -> tuple[int, int] | None:
+        """What all names of one file have in common, where it has several."""
+        return (self.device, self.inode) if self.links > 1 and self.kind == "file" else None
+
+
+def encode_stat(stat: Stat) -> bytes:
+    """Return the listing line of `stat`, without its end of line.
+
+    A JSON object in ASCII; `path` and `kind` come first, what is at its default is left out.
+    """
+    fields: dict[str, Any] = {"path": encode_path(stat.path), "kind": stat.kind, "mode": stat.mode}
+    fields.update(uid=stat.uid, gid=stat.gid, user=stat.user, group=stat.group)
+    if stat.kind == "file":
+        fields.update(size=stat.size, mtime=stat.mtime, ctime=stat.ctime, inode=stat.inode)
+    else:
+        fields["mtime"] = stat.mtime
+    if stat.target:
+        fields["target"] = encode_path(stat.target)
+    for name in ("device", "rdev", "sparse", "database", "wal", "fresh", "xattrs", "error"):
+        value = getattr(stat, name)
+        if value:
+            fields[name] = value
+    if stat.links != 1:
+        fields["links"] = stat.links
+    return write_json(fields).encode("ascii")
+
+
+def decode_stat(line: bytes) -> Stat:
+    """Return the Stat of a listing line; FormatError unless encode_stat gives the same line."""
+    fields = Fields(line, "an entry")
+    kind = fields.text("kind")
+    if kind not in KINDS:
+        fields.wrong("kind")
+    xattrs = Fields.inside(fields.values.get("xattrs", {}), "extended attributes")
+    target = fields.text("target", "", PATH_LIMIT)
+    try:
+        stat = Stat(
+            path=fields.path("path"),
+            kind=kind,
+            mode=fields.integer("mode", high=0o7777),
+            uid=fields.integer("uid", high=1 << 32),
+            gid=fields.integer("gid", high=1 << 32),
+            user=fields.text("user"),
+            group=fields.text("group"),
+            size=fields.integer("size", 0),
+            mtime=fields.integer("mtime", low=-(1 << 63)),
+            ctime=fields.integer("ctime", 0, low=-(1 << 63)),
+            inode=fields.integer("inode", 0, high=1 << 64),
+            device=fields.integer("device", 0, high=1 << 64),
+            links=fields.integer("links", 1),
+            rdev=fields.integer("rdev", 0, high=1 << 64),
+            target=target.encode("utf-8", "surrogateescape"),
+            sparse=fields.flag("sparse"),
+            database=fields.flag("database"),
+            wal=tuple(fields.integers("wal", 2)),
+            fresh=fields.flag("fresh"),
+            xattrs={name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values},
+            error=fields.text("error", ""),
+        )
+        canonical = encode_stat(stat)
+    except UnicodeEncodeError:
+        raise FormatError("an entry with characters that no file name has") from None
+    if canonical != line or b"\0" in stat.target:
+        raise FormatError(f"an entry that is not in its one right form: {show(stat.path)}")
+    return stat
+
+
+@dataclass(frozen=True)
+class Content:
+    """What was read of one file.
+
+    A file of up to LIST_SPAN chunks names them in `chunks`, a longer one in `lists`: digests
+    of chunks that each hold such a list.  A number in place of a digest is that many chunks of
+    zeros; it never reaches past the end of a list.
+    """
+
+    size: int = 0  # bytes
+    chunks: tuple[bytes | int, ...] = ()
+    lists: tuple[bytes, ...] = ()
+    grade: str = ""  # frozen, stable or torn; "" where nothing was to be read
+    error: str = ""  # why the file is not whole; then it has no chunks
+    xattrs: Mapping[str, str] = field(default_factory=dict)  # base64
+
+
+GRADES = ("frozen", "stable", "torn", "")
+NOTHING = Content()
+
+
+def encode_chunks(chunks: Iterable[bytes | int]) -> list[str | int]:
+    """Return chunks as JSON carries them."""
+    return [chunk if isinstance(chunk, int) else chunk.hex() for chunk in chunks]
+
+
+def decode_chunks(values: Iterable[object]) -> tuple[bytes | int, ...]:
+    """Return chunks from JSON; FormatError for anything that is none."""
+    return tuple(v if type(v) is int and 0 < v <= LIST_SPAN else decode_digest(v) for v in values)
+
+
+def encode_content(content: Content) -> bytes:
+    """Return the second half of an entry's line: a JSON object, {} where nothing was read."""
+    fields: dict[str, Any] = {}
+    if content.size:
+        fields["size"] = content.size
+    if content.chunks:
+        fields["chunks"] = encode_chunks(content.chunks)
+    if content.lists:
+        fields["lists"] = [digest.hex() for digest in content.lists]
+    for name in ("grade", "error", "xattrs"):
+        if getattr(content, name):
+            fields[name] = getattr(content, name)
+    return write_json(fields).encode("ascii")
+
+
+def decode_content(data: bytes) -> Content:
+    """Return the Content of the second half of an entry's line."""
+    fields = Fields(data, "the content of an entry")
+    grade = fields.text("grade", "")
+    if grade not in GRADES:
+        fields.wrong("grade")
+    xattrs = Fields.inside(fields.values.get("xattrs", {}), "extended attributes")
+    return Content(
+        size=fields.integer("size", 0),
+        chunks=decode_chunks(fields.items("chunks", LIST_SPAN)),
+        lists=tuple(decode_digest(text) for text in fields.texts("lists", 1 << 24)),
+        grade=grade,
+        error=fields.text("error", ""),
+        xattrs={name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values},
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a snapshot, decoded only where it is looked into."""
+
+    line: bytes  # the listing's line
+    read: bytes  # the content's half
+
+    @functools.cached_property
+    def stat(self) -> Stat:
+        return decode_stat(self.line)
+
+    @functools.cached_property
+    def content(self) -> Content:
+        return decode_content(self.read)
+
+    @functools.cached_property
+    def key(self) -> bytes:
+        return path_key(self.stat.path)
+
+    def encode(self) -> bytes:
+        return b"%s\t%s\n" % (self.line, self.read)
+
+    @classmethod
+    def decode(cls, line: bytes) -> Entry:
+        head, tab, read = line.rstrip(b"\n").partition(b"\t")
+        if not tab:
+            raise FormatError("an entry without its content")
+        return cls(head, read)
+
+
+def is_at_or_below(path: bytes, folder: bytes) -> bool:
+    """Tell whether `path` is `folder` or lies in it; the folder b"" holds all."""
+    return not folder or path == folder or path.startswith(folder + b"/")
+
+
+# ---- a pack: header, records, footer, trailer; named by the SHA-256 of all its bytes ----
+#
+# Each record is RECORD, a table, data.  The table has a TABLE_ROW (digest, length) for each
+# chunk or patch; a frame's table goes on with the chunks' page hashes.  The data is what the
+# rows' bytes, joined, compress to.  The footer has, for each record, a FOOTER_ROW and the
+# digests; the trailer says where it starts and proves it.
+
+PACK_HEADER = b"zbpack1\n"
+RECORD = struct.Struct("<4sBBHIIII8x")  # magic, kind, codec, 0, rows, bytes of table, raw, stored
+RECORD_MAGIC = b"ZREC"
+FRAME, PATCHES = 1, 2  # kinds of record
+TABLE_ROW = struct.Struct("<32sI")  # digest, bytes of it in the raw data
+FOOTER_ROW = struct.Struct("<QBxxxI")  # offset of the record, its kind, number of digests
+TRAILER = struct.Struct("<Q32s8s")  # offset of the footer, SHA-256 of it, magic
+TRAILER_MAGIC = b"zbindex\n"
+PATCH_HEAD = struct.Struct("<HI")  # number of sources, of runs; then the sources' digests
+PATCH_RUN = struct.Struct("<HII")  # which source, offset in it, length
+
+if (RECORD.size, TABLE_ROW.size, FOOTER_ROW.size, TRAILER.size) != (32, 36, 16, 48):
+    raise AssertionError("a struct of the pack format has changed its size")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One whole chunk inside a frame that is about to be stored."""
+
+    digest: bytes
+    pages: bytes  # its page hashes
+    data: memoryview
+
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes of a whole chunk that stand in a patched one."""
+
+    source: bytes  # digest
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """The head and table of one record of a pack."""
+
+    offset: int  # of the record in its pack
+    kind: int
+    codec: int
+    raw: int  # bytes of data, decompressed
+    stored: int  # bytes of data as stored
+    rows: tuple[tuple[bytes, int], ...]  # digest and length of each chunk or patch
+    hashes: bytes  # page hashes of all chunks of a frame, joined
+    data_offset: int  # of the stored data in its pack
+
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """Where each row starts in the raw data, and where the last one ends."""
+        return list(itertools.accumulate((length for _, length in self.rows), initial=0))
+
+    @functools.cached_property
+    def hash_starts(self) -> list[int]:
+        """Where each chunk's page hashes start in `hashes`, and where the last ones end."""
+        sizes = (PAGE_HASH * count_pages(length) for _, length in self.rows)
+        return list(itertools.accumulate(sizes, initial=0))
+
+    def pages(self, place: int) -> bytes:
+        """Return the page hashes of chunk `place` of a frame."""
+        return self.hashes[self.hash_starts[place] : self.hash_starts[place + 1]]
+
+
+def encode_record(kind: int, rows: Sequence[tuple[bytes, int]], hashes: bytes, frame: tuple[int, int, bytes]) -> bytes:
+    """Return a record; `frame` is the codec, the raw size and the stored data."""
+    codec, raw, data = frame
+    table = b"".join([TABLE_ROW.pack(*row) for row in rows]) + hashes
+    return RECORD.pack(RECORD_MAGIC, kind, codec, 0, len(rows), len(table), raw, len(data)) + table + data
+
+
+def decode_record_head(data: bytes, offset: int) -> tuple[int, int, int, int, int, int]:
+    """Return kind, codec, number of rows, bytes of table, raw and stored of a record's head."""
+    if len(data) != RECORD.size:
+        raise FormatError(f"the pack ends inside the record at byte {offset}")
+    magic, kind, codec, zero, count, table, raw, stored = RECORD.unpack(data)
+    if magic != RECORD_MAGIC or zero or kind not in (FRAME, PATCHES) or max(table, raw, stored) > RECORD_LIMIT:
+        raise FormatError(f"no record stands at byte {offset}")
+    if count * TABLE_ROW.size > table:
+        raise FormatError(f"the table of the record at byte {offset} is too short")
+    return kind, codec, count, table, raw, stored
+
+
+def decode_record(head: bytes, table: bytes, offset: int) -> Record:
+    """Return the Record of a head and a table; FormatError unless its lengths add up."""
+    kind, codec, count, size, raw, stored = decode_record_head(head, offset)
+    if len(table) != size:
+        raise FormatError(f"the pack ends inside the record at byte {offset}")
+    end = count * TABLE_ROW.size
+    rows = tuple(TABLE_ROW.iter_unpack(table[:end]))
+    pages = sum(count_pages(length) for _, length in rows) if kind == FRAME else 0
+    if sum(length for _, length in rows) != raw or len(table) - end != pages * PAGE_HASH:
+        raise FormatError(f"the lengths in the record at byte {offset} do not add up")
+    return Record(offset, kind, codec, raw, stored, rows, table[end:], offset + RECORD.size + size)
+
+
+def encode_footer(records: Iterable[tuple[int, int, Sequence[bytes]]], offset: int) -> bytes:
+    """Return the footer of (offset, kind, digests) rows and the trailer, for a footer at `offset`."""
+    footer = b"".join(FOOTER_ROW.pack(at, kind, len(digests)) + b"".join(digests) for at, kind, digests in records)
+    return footer + TRAILER.pack(offset, hashlib.sha256(footer).digest(), TRAILER_MAGIC)
+
+
+def decode_footer(footer: bytes, proof: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield the offset and the digests of each record; FormatError unless `proof` fits."""
+    if hashlib.sha256(footer).digest() != proof:
+        raise FormatError("the index at the end of the pack is damaged")
+    at = 0
+    while at + FOOTER_ROW.size <= len(footer):
+        offset, _, count = FOOTER_ROW.unpack_from(footer, at)
+        at += FOOTER_ROW.size
+        yield offset, [footer[i : i + DIGEST] for i in range(at, at + count * DIGEST, DIGEST)]
+        at += count * DIGEST
+
+
+def encode_patch(runs: Sequence[Run]) -> bytes:
+    """Return a patch: its sources, then its runs."""
+    sources = list(dict.fromkeys(run.source for run in runs))
+    places = {source: i for i, source in enumerate(sources)}
+    body = b"".join(PATCH_RUN.pack(places[run.source], run.offset, run.length) for run in runs)
+    return PATCH_HEAD.pack(len(sources), len(runs)) + b"".join(sources) + body
+
+
+def decode_patch(data: bytes) -> tuple[Run, ...]:
+    """Return the runs of a patch; FormatError unless it is well formed."""
+    try:
+        count, total = PATCH_HEAD.unpack_from(data)
+        start = PATCH_HEAD.size + count * DIGEST
+        sources = [data[i : i + DIGEST] for i in range(PATCH_HEAD.size, start, DIGEST)]
+        runs = tuple(Run(sources[i], offset, length) for i, offset, length in PATCH_RUN.iter_unpack(data[start:]))
+    except (struct.error, IndexError):
+        raise FormatError("a patch is cut off or names a source that it has not") from None
+    if len(runs) != total or sum(run.length for run in runs) > CHUNK:
+        raise FormatError("a patch is longer or shorter than it says")
+    return runs
+
+
+# ---- a snapshot ----
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that went wrong with one path of a node."""
+
+    path: str  # shown, not opened
+    message: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What one pull did, counted."""
+
+    files: int = 0  # in the snapshot
+    folders: int = 0
+    others: int = 0  # symlinks, fifos, sockets, devices
+    size: int = 0  # bytes of all files
+    changed: int = 0  # files read
+    deleted: int = 0  # entries of the last snapshot that are gone
+    sent: int = 0  # bytes received from the node
+    added: int = 0  # bytes added to the packs
+    failed: int = 0  # files that could not be read
+    torn: int = 0  # files that kept changing
+
+
+PROBLEMS_KEPT = 1000  # problems named in a snapshot; `failed` counts all
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of all files of one node."""
+
+    name: str  # its UTC time, as the file is called
+    folder: str  # the node's folder in the store
+    sequence: int  # orders the snapshots of a node, whatever the clock did
+    started: int  # ns, server's clock
+    finished: int
+    grade: str  # frozen, stable, torn or partial: the worst of its entries
+    cut_off: str = ""  # why the pull ended early; then entries after the last one are missing
+    address: str = ""
+    identity: str = ""
+    host: str = ""
+    roots: tuple[str, ...] = ()
+    blocks: tuple[bytes, ...] = ()  # digests of the blocks of entries, in order
+    totals: Totals = Totals()
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def good(self) -> bool:
+        """Tell whether every file in it is a true copy."""
+        return self.grade in ("frozen", "stable")
+
+
+def encode_snapshot(snapshot: Snapshot) -> bytes:
+    """Return the JSON file of a snapshot; its name and folder are the file's own."""
+    fields = {"format": FORMAT, **vars(snapshot)}
+    del fields["name"], fields["folder"]
+    fields["blocks"] = [digest.hex() for digest in snapshot.blocks]
+    fields["totals"] = vars(snapshot.totals)
+    fields["problems"] = [[problem.path, problem.message] for problem in snapshot.problems]
+    return (json.dumps(fields, indent=1) + "\n").encode("ascii")
+
+
+def decode_snapshot(data: bytes, folder: str, name: str) -> Snapshot:
+    """Return the Snapshot in a JSON file; FormatError unless it is one."""
+    fields = Fields(data, f"the snapshot {folder}/{name}")
+    if fields.integer("format") != FORMAT:
+        raise FormatError(f"{fields.what} is of format {fields.integer('format')}, this zbackup knows {FORMAT}")
+    totals = Fields.inside(fields.values.get("totals", {}), f"{fields.what}: totals")
+    problems = fields.items("problems", PROBLEMS_KEPT)
+    if any(type(row) is not list or len(row) != 2 for row in problems):
+        fields.wrong("problems")
+    return Snapshot(
+        name=name,
+        folder=folder,
+        sequence=fields.integer("sequence"),
+        started=fields.integer("started"),
+        finished=fields.integer("finished"),
+        grade=fields.text("grade"),
+        cut_off=fields.text("cut_off", ""),
+        address=fields.text("address", ""),
+        identity=fields.text("identity", ""),
+        host=fields.text("host", ""),
+        roots=tuple(fields.texts("roots")),
+        blocks=tuple(decode_digest(text) for text in fields.texts("blocks", 1 << 30)),
+        totals=Totals(**{name: totals.integer(name, 0) for name in vars(Totals())}),
+        problems=tuple(Problem(str(path), str(message)) for path, message in problems),
+    )
+
+
+def worst_grade(grades: Iterable[str]) -> str:
+    """Return the grade of a whole whose parts have `grades`."""
+    order = ("partial", "torn", "stable", "frozen")
+    return min((grade for grade in grades if grade), key=order.index, default="stable")
+
+
+# ---- addresses and nodes ----
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a node may be asked."""
+
+    host: str  # a number or a name
+    port: int = PORT
+
+    @property
+    def endpoint(self) -> str:
+        return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        if self.port == PORT:
+            return self.host
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A node that the store has a folder for."""
+
+    folder: str
+    identity: str
+    name: str = ""
+    addresses: tuple[str, ...] = ()  # where it answered last
+    first_seen: int = 0  # ns
+    last_seen: int = 0
+
+
+def encode_known(known: Known) -> bytes:
+    """Return the node.json of a node."""
+    fields = {"format": FORMAT, **vars(known)}
+    del fields["folder"]
+    return (json.dumps(fields, indent=1) + "\n").encode("ascii")
+
+
+def decode_known(data: bytes, folder: str) -> Known:
+    """Return the Known in a node.json."""
+    fields = Fields(data, f"{folder}/node.json")
+    return Known(
+        folder=folder,
+        identity=fields.text("identity"),
+        name=fields.text("name", ""),
+        addresses=tuple(fields.texts("addresses")),
+        first_seen=fields.integer("first_seen"),
+        last_seen=fields.integer("last_seen"),
+    )
+
+
+def name_folder(address: Address) -> str:
+    """Return the folder of the node first seen at `address`: a name that any filesystem takes."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", str(address).strip("[]").replace("]", ""))
+    return f"node-{name}" if name.startswith((".", "-")) or name.lower() in RESERVED else name
+
+
+RESERVED = ("packs", "lock", "zbackup.json", "readme.txt", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm")
+
+
+@dataclass(frozen=True)
+class NodeSettings:
+    """What a node was told; every field is a flag."""
+
+    files: tuple[str, ...] = (FILE,)
+    exclude: tuple[str, ...] = ()
+    one_file_system: bool = False
+    port: int = PORT
+    bind: str = "*"
+    name: str = ""
+    state: str = ""  # folder of the identity and of frozen copies
+    before: str = ""
+    after: str = ""
+    insecure: bool = False
+    level: int = LEVEL
+    margin: float = MARGIN
+    sessions: int = SESSIONS
+    session_timeout: float = SESSION_TIMEOUT
+    locked_timeout: float = LOCKED_TIMEOUT
+    working_every: float = WORKING_EVERY
+    heartbeat: float = HEARTBEAT
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """What a server was told; every field is a flag."""
+
+    store: str = STORE
+    jobs: int = JOBS
+    latest: bool = True
+    checksum: bool = False
+    timeout: float = HELLO_TIMEOUT
+    answer_timeout: float = ANSWER_TIMEOUT
+    freeze_timeout: float = FREEZE_TIMEOUT
+    hellos_at_once: int = HELLOS_AT_ONCE
+    window: int = WINDOW
+    tries: int = TRIES
+    pause: float = PAUSE
+    stale: float = STALE
+    pack_size: int = PACK_SIZE
+    pack_chunks: int = PACK_CHUNKS
+    level: int = LEVEL
+    heartbeat: float = HEARTBEAT
+
+
+# ==== 4. DISK: durable writes, locks, folders that cannot be left ====
+
+TEMPORARY = ".zbackup-tmp-"  # prefix of a file that is not complete yet
+FICLONE = 0x40049409  # ioctl of Linux, <linux/fs.h>: share the blocks of another file
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write all of `data`, however many calls that takes."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def read_range(fd: int, length: int, offset: int) -> bytes:
+    """Return up to `length` bytes at `offset`; fewer only at the end of the file."""
+    data = os.pread(fd, length, offset)
+    if len(data) == length or not data:
+        return data
+    parts = [data]
+    while data and sum(map(len, parts)) < length:
+        done = sum(map(len, parts))
+        data = os.pread(fd, length - done, offset + done)
+        parts.append(data)
+    return b"".join(parts)
+
+
+def sync_folder(path: str) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_folder(path: str) -> None:
+    """Make a private folder durably, with the folders above it; one that exists is left as it is."""
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(os.path.abspath(path))
+    make_folder(above)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    sync_folder(above)
+
+
+def write_durably(path: str, data: bytes, replacing: bool = True) -> None:
+    """Put `data` at `path` so that it is there whole or not at all (I1).
+
+    With `replacing` false, FileExistsError where something stands there already.
+    """
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f"{TEMPORARY}{name}-{os.getpid()}-{threading.get_ident()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            write_all(fd, data)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        publish(temporary, path, replacing)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(folder or ".")
+
+
+def publish(temporary: str | bytes, path: str | bytes, replacing: bool, folder: int | None = None) -> None:
+    """Give a complete file its name in one step.
+
+    `folder` is a file descriptor that both names are relative to.
+    """
+    if replacing:
+        os.replace(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
+        return
+    try:
+        os.link(temporary, path, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # A filesystem without hard links: the next best is to look first.
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path, dir_fd=folder)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
+        os.rename(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
+        return
+    os.unlink(temporary, dir_fd=folder)
+
+
+def lock_file(path: str, shared: bool) -> int:
+    """Return a descriptor that holds a lock on `path` until it is closed, or its process dies.
+
+    Raises BlockingIOError when another process holds a lock that excludes this one.
+    """
+    import fcntl
+
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def clone_file(source: int, target: int) -> bool:
+    """Make `target` share the blocks of `source`; False where the filesystem cannot."""
+    import fcntl
+
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+    except OSError:
+        return False
+    return True
+
+
+def copy_range(source: int, target: int, length: int, offset: int) -> None:
+    """Copy bytes between two files at the same offset, inside the kernel where it can."""
+    while length > 0:
+        try:
+            done = os.copy_file_range(source, target, length, offset, offset)
+        except (OSError, AttributeError):
+            data = read_range(source, min(length, CHUNK), offset)
+            os.lseek(target, offset, os.SEEK_SET)
+            write_all(target, data)
+            done = len(data)
+        if done == 0:
+            raise FormatError("a file became shorter while it was copied")
+        length, offset = length - done, offset + done
+
+
+def sync_filesystem(fd: int) -> None:
+    """Make all that was written to the filesystem of `fd` durable."""
+    import ctypes
+
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+    elif syncfs(fd) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class Folders:
+    """The folders below one folder, opened part by part without following a symlink.
+
+    The last one stays open, since the next path most often lies in it.
+    """
+
+    def __init__(self, root: int) -> None:
+        self.root = root  # file descriptor; closed with this object
+        self._path = b""
+        self._fd = root
+
+    def open(self, path: bytes, create: bool = False) -> int:
+        """Return a descriptor of folder `path`, valid until the next call.
+
+        Raises OSError (ENOTDIR or ELOOP where a part is a symlink).
+        """
+        if path == self._path:
+            return self._fd
+        fd = self.root
+        for part in path.split(b"/") if path else []:
+            above, fd = fd, self._step(fd, part, create)
+            if above != self.root:
+                os.close(above)
+        self._forget()
+        self._path, self._fd = path, fd
+        return fd
+
+    def _step(self, fd: int, part: bytes, create: bool) -> int:
+        try:
+            if create:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, 0o700, dir_fd=fd)
+            return os.open(part, FOLDER_FLAGS, dir_fd=fd)
+        except BaseException:
+            if fd != self.root:
+                os.close(fd)
+            raise
+
+    def parent(self, path: bytes, create: bool = False) -> tuple[int, bytes]:
+        """Return a descriptor of the folder that `path` lies in, and its last part."""
+        above, _, name = path.rpartition(b"/")
+        return self.open(above, create), name
+
+    def forget(self) -> None:
+        """Close what is kept open below the root: it may be removed or renamed next."""
+        self._forget()
+        self._path, self._fd = b"", self.root
+
+    def _forget(self) -> None:
+        if self._fd != self.root:
+            os.close(self._fd)
+
+    def close(self) -> None:
+        """Close all."""
+        self.forget()
+        os.close(self.root)
+
+
+def list_xattrs(target: int | str) -> dict[str, str]:
+    """Return the extended attributes of a descriptor or of a path not followed, base64.
+
+    Raises OSError (E2BIG where they are longer than XATTR_LIMIT together).
+    """
+    if not hasattr(os, "listxattr"):
+        return {}
+    follow = isinstance(target, int)
+    found, total = {}, 0
+    try:
+        for name in sorted(os.listxattr(target, follow_symlinks=follow)):
+            with contextlib.suppress(FileNotFoundError):
+                value = os.getxattr(target, name, follow_symlinks=follow)
+                found[name] = base64.b64encode(value).decode("ascii")
+                total += len(name) + len(value)
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES, errno.ENOENT):
+            return found
+        raise
+    if total > XATTR_LIMIT // 2:
+        raise OSError(errno.E2BIG, f"extended attributes of {total} bytes")
+    return found
+
+
+def name_in(folder: int, name: bytes) -> str:
+    """Return a path for calls that take no folder descriptor; Linux only."""
+    return f"/proc/self/fd/{folder}/{os.fsdecode(name)}"
+
+
+# ==== 5. KEYS: who a node is ====
+
+
+def find_state_folder() -> str:
+    """Return the folder for what this machine must remember, as systemd or XDG name it."""
+    home = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.environ.get("STATE_DIRECTORY", "").split(":")[0] or os.path.join(home, "zbackup")
+
+
+def load_identity(folder: str) -> str:
+    """Return the random name that this node made at its first start, making it at need.
+
+    Raises BackupError when it can be neither read nor kept: without it the server would
+    take this node for another one at each start.
+    """
+    import secrets
+
+    path = os.path.join(folder, "identity")
+    try:
+        make_folder(folder)
+        with contextlib.suppress(FileExistsError):
+            write_durably(path, secrets.token_hex(16).encode("ascii") + b"\n", replacing=False)
+        with open(path, encoding="ascii") as file:
+            identity = file.read(100).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = explain(error) if isinstance(error, OSError) else "not text"
+        raise BackupError(
+            f"cannot keep this node's identity in {folder}: {reason}; name another folder with --state"
+        ) from None
+    if not is_identity(identity):
+        raise BackupError(f"{path} holds no identity; remove it, and the node makes a new one")
+    return identity
+
+
+def is_identity(text: str) -> bool:
+    """Tell whether `text` has the form of a node's identity."""
+    return re.fullmatch("[0-9a-f]{32}", text) is not None
+
+
+# ==== 6. WIRE: sockets, kinds of message, credit ====
+
+HELLO, OPEN, LIST, READ, CLOSE = "HELLO", "OPEN", "LIST", "READ", "CLOSE"  # asked
+WORKING, ERROR = "WORKING", "ERROR"  # answers to any of them
+SLICE = 200  # ms; how long a wait may go without looking whether it should end
+ASIDE = 4  # requests in flight beside the window of bytes
+
+# What a monitored connection went through, as far as libzmq tells.
+CONNECTED, REFUSED, READY, FAILED, LOST = "connected", "refused", "ready", "failed", "lost"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One question or answer."""
+
+    kind: str
+    number: int  # an answer bears its question's
+    fields: Fields
+    body: bytes | memoryview = b""
+
+
+def encode_message(kind: str, number: int, fields: Mapping[str, Any], body: bytes = b"") -> list[bytes]:
+    """Return the two frames of a message."""
+    return [write_json({"kind": kind, "number": number, **fields}).encode("ascii"), body]
+
+
+def decode_message(frames: Sequence[Any]) -> Message:
+    """Return the Message in frames as pyzmq gives them; ProtocolError unless it is one."""
+    if len(frames) != 2:
+        raise ProtocolError(f"sent a message of {len(frames)} frames instead of 2")
+    head, body = frames[0].buffer, frames[1].buffer
+    if len(head) > HEAD_LIMIT or len(body) > BODY_LIMIT:
+        raise ProtocolError(f"sent a message of {len(head)} + {len(body)} bytes, beyond the limit")
+    try:
+        fields = Fields(head, "its message")
+        return Message(fields.text("kind", limit=20), fields.integer("number"), fields, body)
+    except FormatError as error:
+        raise ProtocolError(f"sent what is no message: {error}") from None
+
+
+class Wire:
+    """What all sockets of a process share: the context, the clock, the wish to stop."""
+
+    def __init__(self, clock: Clock, stop: threading.Event, heartbeat: float = HEARTBEAT) -> None:
+        self.zmq = load_zmq()
+        self.clock = clock
+        self.stop = stop
+        self.heartbeat = heartbeat
+        self.context: zmq.Context[zmq.Socket[bytes]] = self.zmq.Context()
+        self.context.set(self.zmq.MAX_SOCKETS, 8192)
+
+    def socket(self, kind: int) -> zmq.Socket[bytes]:
+        """Return a socket with the settings that all of ours have."""
+        socket = self.context.socket(kind)
+        milliseconds = int(self.heartbeat * 1000)
+        socket.setsockopt(self.zmq.LINGER, 0)
+        socket.setsockopt(self.zmq.IPV6, 1)
+        socket.setsockopt(self.zmq.MAXMSGSIZE, HEAD_LIMIT)
+        socket.setsockopt(self.zmq.HEARTBEAT_IVL, milliseconds)
+        socket.setsockopt(self.zmq.HEARTBEAT_TIMEOUT, 3 * milliseconds)
+        # A ROUTER drops what is above its mark without a word: keep it out of the credit's reach.
+        socket.setsockopt(self.zmq.SNDHWM, 4 * QUEUE_LIMIT)
+        socket.setsockopt(self.zmq.RCVHWM, 4 * QUEUE_LIMIT)
+        return socket
+
+    def check(self) -> None:
+        """Raise Interrupted when the process is to stop."""
+        if self.stop.is_set():
+            raise Interrupted("interrupted")
+
+    def close(self) -> None:
+        """End all sockets, also those that a dying thread left open."""
+        self.context.destroy(linger=0)
+
+
+def load_zmq() -> Any:
+    """Return the module zmq; BackupError that says how to get it."""
+    try:
+        import zmq
+    except ImportError as error:
+        raise BackupError(
+            f"pyzmq cannot be loaded ({error}); install it: pip install pyzmq, or apt install python3-zmq"
+        ) from None
+    return zmq
+
+
+class Peer:
+    """A conversation with the node at one address; belongs to one thread.
+
+    Questions go out as the window allows, answers come back in the same order.
+    """
+
+    def __init__(self, wire: Wire, address: Address, connect_timeout: float) -> None:
+        self.wire = wire
+        self.address = address
+        self.received = 0  # bytes of all answers
+        self.events: list[str] = []  # what the connection went through
+        self._number = 0
+        self._owed: deque[tuple[int, int, Callable[[Message], None]]] = deque()
+        self._cost = 0  # bytes that the owed answers may have
+        zmq = wire.zmq
+        self.socket = wire.socket(zmq.DEALER)
+        milliseconds = max(1, int(connect_timeout * 1000))
+        self.socket.setsockopt(zmq.CONNECT_TIMEOUT, milliseconds)
+        self.socket.setsockopt(zmq.HANDSHAKE_IVL, milliseconds)
+        # A second try within one hello tells nothing new.
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 10 * milliseconds)
+        self.monitor = self.socket.get_monitor_socket(
+            zmq.EVENT_CONNECTED
+            | zmq.EVENT_CLOSED
+            | zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        )
+        self.socket.connect(address.endpoint)
+
+    def close(self) -> None:
+        """Close both sockets at once."""
+        self.socket.disable_monitor()
+        self.monitor.close(linger=0)
+        self.socket.close(linger=0)
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether every question is answered."""
+        return not self._owed
+
+    def has_room(self, cost: int, window: int) -> bool:
+        """Tell whether an answer of `cost` bytes may be asked for within `window` bytes."""
+        return not self._owed or (self._cost + cost <= window and len(self._owed) < window // CHUNK + ASIDE)
+
+    def ask(
+        self,
+        kind: str,
+        fields: Mapping[str, Any],
+        on_answer: Callable[[Message], None],
+        body: bytes = b"",
+        cost: int = 0,
+    ) -> None:
+        """Send a question; `on_answer` gets its answer during a later step."""
+        self._number += 1
+        self._owed.append((self._number, cost, on_answer))
+        self._cost += cost
+        self.socket.send_multipart(encode_message(kind, self._number, fields, body), copy=False)
+
+    def step(self, timeout: float, longest: float) -> None:
+        """Wait for the next answer and hand it on.
+
+        `timeout` is how long (s) the node may be silent, `longest` how long it may say
+        that it is still working.  Raises NodeError, ProtocolError or Interrupted.
+        """
+        clock = self.wire.clock
+        end = clock.monotonic() + longest
+        quiet = clock.monotonic() + timeout
+        while True:
+            message = self.receive(SLICE)
+            now = clock.monotonic()
+            if message is None and LOST in self.events:
+                raise NodeError("the connection to the node was lost", "lost")
+            if message is None and now > min(quiet, end):
+                raise NodeError(f"the node did not answer within {min(timeout, longest):g} s", "silent")
+            if message is None:
+                continue
+            if message.kind != WORKING:
+                return self._hand_on(message)
+            if now > end:
+                raise NodeError(f"the node was still working after {longest:g} s", "silent")
+            quiet = now + timeout
+
+    def _hand_on(self, message: Message) -> None:
+        if not self._owed or message.number != self._owed[0][0]:
+            raise ProtocolError("sent an answer that nobody asked for")
+        _, cost, on_answer = self._owed.popleft()
+        self._cost -= cost
+        if message.kind == ERROR:
+            raise NodeError(show(message.fields.text("message")), message.fields.text("code", limit=20))
+        on_answer(message)
+
+    def receive(self, milliseconds: int) -> Message | None:
+        """Return the next message if one comes in time; notes what the connection does."""
+        self.wire.check()
+        zmq = self.wire.zmq
+        if not self.socket.poll(milliseconds):
+            self.read_events()
+            return None
+        frames: Any = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        self.received += sum(len(frame) for frame in frames)
+        return decode_message(frames)
+
+    def read_events(self) -> None:
+        """Note what the connection went through since the last call."""
+        zmq = self.wire.zmq
+        names = {
+            zmq.EVENT_CONNECTED: CONNECTED,
+            zmq.EVENT_CLOSED: REFUSED,
+            zmq.EVENT_HANDSHAKE_SUCCEEDED: READY,
+            zmq.EVENT_DISCONNECTED: LOST,
+        }
+        while self.monitor.poll(0):
+            event = struct.unpack("=HI", self.monitor.recv_multipart()[0])[0]
+            self.events.append(names.get(event, FAILED))
+
+
+def say_hello() -> dict[str, Any]:
+    """Return the fields of a HELLO question."""
+    return {"protocol": PROTOCOL, "program": VERSION, "codecs": list_codecs()}
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a node says of itself."""
+
+    identity: str
+    instance: str  # of the running process: two with one identity are clones
+    name: str
+    program: str
+    codecs: tuple[str, ...]
+    roots: tuple[str, ...]
+
+
+def decode_hello(message: Message) -> Hello:
+    """Return the Hello in an answer; ProtocolError with both versions where they differ."""
+    fields = message.fields
+    if message.kind == ERROR:
+        raise NodeError(show(fields.text("message")), fields.text("code", limit=20))
+    protocol = fields.integer("protocol", 0)
+    if protocol != PROTOCOL:
+        raise ProtocolError(f"speaks protocol {protocol}, this server {PROTOCOL}: copy the same zbackup.pyz to both")
+    identity = fields.text("identity", limit=100)
+    if message.kind != HELLO or not is_identity(identity):
+        raise ProtocolError("did not answer HELLO with an identity")
+    return Hello(
+        identity=identity,
+        instance=fields.text("instance", "", 100),
+        name=fields.text("name", "", 255),
+        program=fields.text("program", "", 100),
+        codecs=tuple(fields.texts("codecs", 20)),
+        roots=tuple(fields.texts("roots")),
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question as it reached the node."""
+
+    peer: bytes  # the ROUTER's name of the connection
+    address: str  # where it came from
+    message: Message
+
+
+class Listener:
+    """The node's bound socket, and the way by which sessions' threads answer through it."""
+
+    def __init__(self, wire: Wire, endpoints: Sequence[str]) -> None:
+        self.wire = wire
+        zmq = wire.zmq
+        self.router = wire.socket(zmq.ROUTER)
+        self.answers = wire.context.socket(zmq.PULL)
+        self.answers.setsockopt(zmq.RCVHWM, 0)
+        self.answers.bind("inproc://answers")
+        self.poller = zmq.Poller()
+        for socket in (self.router, self.answers):
+            self.poller.register(socket, zmq.POLLIN)
+        for endpoint in endpoints:
+            self._bind(endpoint)
+
+    def _bind(self, endpoint: str) -> None:
+        zmq = self.wire.zmq
+        try:
+            try:
+                self.router.bind(endpoint)
+            except zmq.ZMQError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EINVAL):
+                    raise
+                self.router.setsockopt(zmq.IPV6, 0)  # a kernel without IPv6
+                self.router.bind(endpoint)
+        except zmq.ZMQError as error:
+            if error.errno == errno.EADDRINUSE:
+                port = endpoint.rpartition(":")[2]
+                raise BackupError(
+                    f"port {port} is in use on this machine, perhaps by another node; choose one with --port"
+                ) from None
+            raise UsageError(f"cannot listen at {endpoint}: {error.strerror}; see --bind and --port") from None
+
+    def receive(self, milliseconds: int) -> Request | None:
+        """Pass on what sessions answered; return the next question if one comes in time.
+
+        Raises ProtocolError for what is no question; its sender gets no answer.
+        """
+        self.wire.check()
+        ready = dict(self.poller.poll(milliseconds))
+        if self.answers in ready:
+            self._pass_on()
+        if self.router not in ready:
+            return None
+        frames: Any = self.router.recv_multipart(self.wire.zmq.NOBLOCK, copy=False)
+        try:
+            address = frames[-1].get("Peer-Address")
+        except self.wire.zmq.ZMQError:
+            address = ""
+        return Request(frames[0].bytes, str(address), decode_message(frames[1:]))
+
+    def _pass_on(self) -> None:
+        zmq = self.wire.zmq
+        for _ in range(QUEUE_LIMIT):
+            try:
+                frames: Any = self.answers.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self.send(frames)
+
+    def send(self, frames: Sequence[Any]) -> None:
+        """Send a connection's name and two frames; a connection that is gone gets nothing."""
+        zmq = self.wire.zmq
+        with contextlib.suppress(zmq.ZMQError):
+            self.router.send_multipart(frames, zmq.NOBLOCK, copy=False)
+
+    def answer(self, request: Request, kind: str, fields: Mapping[str, Any]) -> None:
+        """Answer a question from the listener's own thread."""
+        self.send([request.peer, *encode_message(kind, request.message.number, fields)])
+
+    def reply_socket(self) -> zmq.Socket[bytes]:
+        """Return a socket for one session's thread; what it sends goes out by `receive`."""
+        socket = self.wire.context.socket(self.wire.zmq.PUSH)
+        socket.setsockopt(self.wire.zmq.LINGER, 0)
+        socket.setsockopt(self.wire.zmq.SNDHWM, 0)
+        socket.connect("inproc://answers")
+        return socket
+
+
+# ==== 7. STORE: packs, index, snapshots ====
+
+STORE_README = """\
+This folder is a zbackup store.  It holds every version of the files of some machines.
+
+The newest version of each machine's files stands in <machine>/latest as plain files.
+All versions are restored by `zbackup.pyz restore`; this text is for whoever has only the
+folder.  Do not change anything by hand below packs/ and */snapshots.
+
+<machine>/snapshots/TIME.json  one version.  "blocks" names chunks which, joined in order, give
+    one line for each path, sorted by path: a JSON object (name, mode, owner, times), a tab,
+    and a JSON object of what was read.  A file's content is its "chunks", joined: a digest is
+    a chunk, a number n is n chunks of zeros.  Where "lists" stands instead, each is the digest
+    of a chunk that holds such a list as JSON.  Every chunk has 1048576 bytes but a file's last,
+    whose length follows from "size".
+
+packs/ab/abcd....pack  chunks.  The name is the SHA-256 of the file: `sha256sum` checks it.
+    After 8 bytes "zbpack1\\n" follow records; all integers are little-endian:
+      head    "ZREC", kind (1 byte), codec (1 byte), 0 (2 bytes), then 4 bytes each: rows,
+              bytes of the table, bytes of the data raw, bytes of the data stored; 8 zeros
+      table   for each row: digest (32 bytes), length in the raw data (4 bytes);
+              in kind 1 then the page hashes of all chunks
+      data    codec 0 as it is, 1 zlib, 2 zstd; decompressed, the rows' bytes stand in it
+    Kind 1 holds chunks.  Kind 2 holds patches, each: number of sources (2 bytes), of runs
+    (4 bytes), the sources' digests, then for each run: which source (2 bytes), offset in it,
+    length (4 bytes each).  The chunk is the runs' bytes, joined.  Sources are of kind 1.
+    A footer (for each record: offset 8 bytes, kind, 3 zeros, number of digests 4 bytes, the
+    digests) and a trailer (the footer's offset, its SHA-256, "zbindex\\n") end the pack.
+
+A chunk's digest is SHA-256(h1 h2 ...), where hi is the first 16 bytes of the SHA-256 of its
+i-th 4096 bytes.
+
+index.sqlite can be deleted: it is made again from the packs.
+"""
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turn what a disk refuses into a StoreError that says where, and whether it is full."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoreError(f"the store {'is full' if full else 'cannot be written'} ({path}): {explain(error)}") from None
+
+
+INDEX_VERSION = 1  # PRAGMA user_version of index.sqlite; another one is rebuilt
+INDEX_SCHEMA = """
+CREATE TABLE packs (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE chunks (digest BLOB PRIMARY KEY, pack INTEGER NOT NULL, record INTEGER NOT NULL,
+    place INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a digest stands: a record of a pack, and which of its rows."""
+
+    pack: str  # name; "" is the pack that is being written
+    record: int  # offset
+    place: int
+
+
+class Index:
+    """From digest to place, in SQLite; a cache of what the packs say (I4).
+
+    Safe to use from several threads and processes.
+    """
+
+    def __init__(self, path: str) -> None:
+        import sqlite3
+
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            self._connection = self._open()
+        except sqlite3.OperationalError:
+            raise  # locked, full or read-only: not the index's fault
+        except sqlite3.DatabaseError:
+            for end in ("", "-wal", "-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + end)
+            self._connection = self._open()
+        self._names = dict(self._connection.execute("SELECT id, name FROM packs"))
+
+    def _open(self) -> sqlite3.Connection:
+        import sqlite3
+
+        connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("BEGIN IMMEDIATE")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, INDEX_VERSION):
+                raise sqlite3.DatabaseError("an index of another version")
+            if version == 0:
+                for statement in INDEX_SCHEMA.split(";"):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {INDEX_VERSION}")
+            connection.execute("COMMIT")
+            connection.execute("SELECT max(pack) FROM chunks LIMIT 1")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        import sqlite3
+
+        try:
+            with self._lock:
+                yield
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"{self.path}: {error}; unless the disk is full, delete it: it is made again from the packs"
+            ) from None
+
+    def list_packs(self) -> set[str]:
+        """Return the names of the packs that it knows."""
+        with self._locked():
+            self._names = dict(self._connection.execute("SELECT id, name FROM packs"))
+            return set(self._names.values())
+
+    def put_pack(self, name: str, rows: Iterable[tuple[bytes, int, int]]) -> None:
+        """Add a durable pack: rows of digest, record, place."""
+        with self._locked(), self._transaction():
+            cursor = self._connection.execute("INSERT OR IGNORE INTO packs (name) VALUES (?)", (name,))
+            if cursor.rowcount:
+                pack = cursor.lastrowid
+                self._connection.executemany(
+                    "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?)",
+                    ((digest, pack, record, place) for digest, record, place in rows),
+                )
+        self.list_packs()
+
+    def drop_pack(self, name: str) -> None:
+        """Forget a pack that is gone."""
+        with self._locked(), self._transaction():
+            row = self._connection.execute("SELECT id FROM packs WHERE name = ?", (name,)).fetchone()
+            if row:
+                self._connection.execute("DELETE FROM chunks WHERE pack = ?", row)
+                self._connection.execute("DELETE FROM packs WHERE id = ?", row)
+        self.list_packs()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def find(self, digests: Sequence[bytes]) -> dict[bytes, Place]:
+        """Return the places of those digests that some pack holds."""
+        found = {}
+        for start in range(0, len(digests), 500):
+            group = digests[start : start + 500]
+            marks = ",".join("?" * len(group))
+            with self._locked():
+                rows = self._connection.execute(f"SELECT * FROM chunks WHERE digest IN ({marks})", group).fetchall()
+            if any(row[1] not in self._names for row in rows):
+                self.list_packs()  # another process added packs
+            for digest, pack, record, place in rows:
+                if pack in self._names:
+                    found[digest] = Place(self._names[pack], record, place)
+        return found
+
+    def close(self) -> None:
+        """Close the database."""
+        with self._lock:
+            self._connection.close()
+
+
+def list_packs(folder: str) -> dict[str, str]:
+    """Return name and path of each pack in the packs folder."""
+    found = {}
+    for entry in os.scandir(folder):
+        if len(entry.name) == 2 and entry.is_dir(follow_symlinks=False):
+            for pack in os.scandir(entry.path):
+                if re.fullmatch(r"[0-9a-f]{64}\.pack", pack.name):
+                    found[pack.name[:64]] = pack.path
+    return found
+
+
+def read_pack_index(path: str) -> list[tuple[bytes, int, int]]:
+    """Return digest, record and place of all that a pack holds; FormatError where it is damaged."""
+    with open(path, "rb") as file:
+        if file.read(len(PACK_HEADER)) != PACK_HEADER:
+            raise FormatError("it does not start as a pack")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TRAILER.size))
+        trailer = file.read(TRAILER.size)
+        if len(trailer) != TRAILER.size or not trailer.endswith(TRAILER_MAGIC):
+            raise FormatError("it does not end as a pack")
+        start, proof, _ = TRAILER.unpack(trailer)
+        if not 0 < start <= size - TRAILER.size or size - start > 4 * RECORD_LIMIT:
+            raise FormatError("its end names a place outside of it")
+        file.seek(start)
+        footer = file.read(size - TRAILER.size - start)
+    records = decode_footer(footer, proof)
+    return [(digest, offset, place) for offset, digests in records for place, digest in enumerate(digests)]
+
+
+class PackWriter:
+    """One pack in the making; belongs to one thread.
+
+    What it holds can be read back at once, and is durable after `seal` (I2).
+    """
+
+    def __init__(self, folder: str, index: Index, codec: int, level: int) -> None:
+        self.folder = folder
+        self.index = index
+        self.codec, self.level = codec, level
+        self.added = 0  # bytes of all packs sealed, and of the one in the making
+        self.fd = -1
+        self._path = ""
+        self._start()
+
+    def _start(self) -> None:
+        self._size = 0
+        self._hash = hashlib.sha256()
+        self._records: list[tuple[int, int, list[bytes]]] = []
+        self._places: dict[bytes, Place] = {}
+        self._pieces: list[Piece] = []
+        self._piece_size = 0
+        self._patches: list[tuple[bytes, bytes]] = []
+        self._waiting: set[bytes] = set()  # digests in _pieces and _patches
+
+    def _open(self) -> None:
+        import secrets
+
+        while self.fd < 0:
+            self._path = os.path.join(self.folder, f"incoming-{secrets.token_hex(8)}")
+            with writing(self.folder), contextlib.suppress(BlockingIOError):
+                # The lock tells a pack in the making from what a dead process left.
+                self.fd = lock_file(self._path, shared=False)
+            if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
+                # Another run took it for a leftover before it was locked.
+                os.close(self.fd)
+                self.fd = -1
+        self._write(PACK_HEADER)
+
+    def _write(self, data: bytes) -> None:
+        with writing(self.folder):
+            write_all(self.fd, data)
+        self._hash.update(data)
+        self._size += len(data)
+        self.added += len(data)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the pack and waiting for it."""
+        return self._size + self._piece_size
+
+    @property
+    def count(self) -> int:
+        """Digests in the pack and waiting for it."""
+        return len(self._places) + len(self._waiting)
+
+    def unknown(self, digests: Iterable[bytes]) -> set[bytes]:
+        """Return those digests that neither this pack nor the store holds."""
+        new = {d for d in digests if d not in self._places and d not in self._waiting}
+        return new - self.index.find(list(new)).keys() if new else new
+
+    def find(self, digest: bytes) -> Place | None:
+        """Return the place of a digest in this pack, if it holds it."""
+        if digest in self._waiting:
+            self.flush()
+        return self._places.get(digest)
+
+    def put_frame(self, codec: int, data: bytes | memoryview, pieces: Sequence[Piece]) -> None:
+        """Put chunks that came compressed as `data`, whose digests have been checked (I5).
+
+        The frame is kept as it came where it is large and all of it is new.
+        """
+        new = self.unknown(piece.digest for piece in pieces)
+        size = sum(len(piece.data) for piece in pieces)
+        if size >= CHUNK // 2 and len(new) == len(pieces):
+            rows = [(piece.digest, len(piece.data)) for piece in pieces]
+            self._put_record(FRAME, rows, b"".join(piece.pages for piece in pieces), (codec, size, bytes(data)))
+            return
+        for piece in pieces:
+            if piece.digest in new:
+                new.discard(piece.digest)
+                self._put_piece(piece)
+
+    def put_chunk(self, data: bytes) -> bytes:
+        """Put one chunk; returns its digest."""
+        pages = hash_pages(data)
+        digest = digest_pages(pages)
+        if self.unknown([digest]):
+            self._put_piece(Piece(digest, pages, memoryview(data)))
+        return digest
+
+    def _put_piece(self, piece: Piece) -> None:
+        # A copy: the view may hold a whole message of many pieces.
+        self._pieces.append(replace(piece, data=memoryview(bytes(piece.data))))
+        self._piece_size += len(piece.data)
+        self._waiting.add(piece.digest)
+        if self._piece_size >= CHUNK:
+            self._flush_pieces()
+
+    def put_patch(self, digest: bytes, runs: Sequence[Run]) -> None:
+        """Put a chunk as runs of whole chunks that the store or this pack holds."""
+        if self.unknown([digest]):
+            self._patches.append((digest, encode_patch(runs)))
+            self._waiting.add(digest)
+            if len(self._patches) >= 512:
+                self._flush_patches()
+
+    def flush(self) -> None:
+        """Write what waits, so that it can be read."""
+        self._flush_pieces()
+        self._flush_patches()
+
+    def _flush_pieces(self) -> None:
+        if self._pieces:
+            codec, data = compress(self.codec, b"".join(piece.data for piece in self._pieces), self.level)
+            rows = [(piece.digest, len(piece.data)) for piece in self._pieces]
+            hashes = b"".join(piece.pages for piece in self._pieces)
+            frame = (codec, self._piece_size, data)
+            self._pieces, self._piece_size = [], 0
+            self._put_record(FRAME, rows, hashes, frame)
+
+    def _flush_patches(self) -> None:
+        if self._patches:
+            raw = b"".join(patch for _, patch in self._patches)
+            codec, data = compress(self.codec, raw, self.level)
+            rows = [(digest, len(patch)) for digest, patch in self._patches]
+            self._patches = []
+            self._put_record(PATCHES, rows, b"", (codec, len(raw), data))
+
+    def _put_record(
+        self, kind: int, rows: Sequence[tuple[bytes, int]], hashes: bytes, frame: tuple[int, int, bytes]
+    ) -> None:
+        if self.fd < 0:
+            self._open()
+        digests = [digest for digest, _ in rows]
+        for place, digest in enumerate(digests):
+            self._places[digest] = Place("", self._size, place)
+        self._waiting.difference_update(digests)
+        self._records.append((self._size, kind, digests))
+        self._write(encode_record(kind, rows, hashes, frame))
+
+    def seal(self) -> None:
+        """Make all that was put durable and known to the index, in this order (I2)."""
+        self.flush()
+        if self.fd < 0:
+            return
+        self._write(encode_footer(self._records, self._size))
+        name = self._hash.hexdigest()
+        folder = os.path.join(self.folder, name[:2])
+        with writing(self.folder):
+            os.fsync(self.fd)
+            make_folder(folder)
+            os.rename(self._path, os.path.join(folder, name + ".pack"))
+            sync_folder(folder)
+            sync_folder(self.folder)
+        self.index.put_pack(name, ((d, at, i) for at, _, digests in self._records for i, d in enumerate(digests)))
+        os.close(self.fd)
+        self.fd = -1
+        self._start()
+
+    def abandon(self) -> None:
+        """Remove the pack in the making: nothing durable names it."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Reader:
+    """Chunks by their digests; belongs to one thread."""
+
+    def __init__(self, packs: str, index: Index, frames: int = 32) -> None:
+        self.packs = packs
+        self.index = index
+        self.open_pack: PackWriter | None = None  # looked into first
+        self._files: OrderedDict[str, int] = OrderedDict()  # descriptors of the last packs read
+        self._records: OrderedDict[tuple[str, int], Record] = OrderedDict()
+        self._raws: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._frames = frames  # decompressed frames kept: about 1 MiB each
+
+    def close(self) -> None:
+        """Close the packs."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def find(self, digest: bytes) -> Place:
+        """Return the place of a digest; MissingChunk where there is none."""
+        place = self.open_pack.find(digest) if self.open_pack else None
+        place = place or self.index.find([digest]).get(digest)
+        if place is None:
+            raise MissingChunk(f"the store has no chunk {digest.hex()}; a pack is lost")
+        return place
+
+    def _file(self, name: str) -> int:
+        if not name and self.open_pack:
+            return self.open_pack.fd
+        if name not in self._files:
+            try:
+                fd = os.open(os.path.join(self.packs, name[:2], name + ".pack"), os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise StoreError(f"pack {name} cannot be opened: {explain(error)}") from None
+            self._files[name] = fd
+            if len(self._files) > 32:
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(name)
+        return self._files[name]
+
+    def record(self, place: Place) -> Record:
+        """Return the head and table of the record at a place."""
+        key = (place.pack, place.record)
+        if key not in self._records:
+            fd = self._file(place.pack)
+            head = read_range(fd, RECORD.size, place.record)
+            table = decode_record_head(head, place.record)[3]
+            record = decode_record(head, read_range(fd, table, place.record + RECORD.size), place.record)
+            if place.place >= len(record.rows):
+                raise FormatError(f"the record at byte {place.record} has no row {place.place}")
+            if place.pack:
+                _remember(self._records, key, record, 128)
+            return record
+        self._records.move_to_end(key)
+        return self._records[key]
+
+    def _raw(self, place: Place, record: Record) -> bytes:
+        key = (place.pack, place.record)
+        if key not in self._raws:
+            stored = read_range(self._file(place.pack), record.stored, record.data_offset)
+            raw = decompress(record.codec, stored, record.raw)
+            if place.pack:
+                _remember(self._raws, key, raw, self._frames)
+            return raw
+        self._raws.move_to_end(key)
+        return self._raws[key]
+
+    def _row(self, place: Place) -> tuple[Record, memoryview]:
+        record = self.record(place)
+        start, end = record.starts[place.place : place.place + 2]
+        return record, memoryview(self._raw(place, record))[start:end]
+
+    def runs(self, digest: bytes) -> tuple[Run, ...]:
+        """Return the runs of whole chunks that a chunk consists of."""
+        place = self.find(digest)
+        with self._naming(place):
+            record = self.record(place)
+            if record.kind == FRAME:
+                return (Run(digest, 0, record.rows[place.place][1]),)
+            return decode_patch(bytes(self._row(place)[1]))
+
+    def get(self, digest: bytes) -> bytes:
+        """Return a chunk, checked; StoreError naming the pack where it is not what it was (I5)."""
+        place = self.find(digest)
+        with self._naming(place):
+            record, data = self._row(place)
+            chunk = bytes(data) if record.kind == FRAME else self._assemble(decode_patch(bytes(data)))
+            if digest_pages(hash_pages(chunk)) != digest:
+                raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
+        return chunk
+
+    @contextlib.contextmanager
+    def _naming(self, place: Place) -> Iterator[None]:
+        try:
+            yield
+        except FormatError as error:
+            raise StoreError(f"pack {place.pack} is damaged: {error}") from None
+
+    def _assemble(self, runs: Sequence[Run]) -> bytes:
+        parts = []
+        for run in runs:
+            record, data = self._row(self.find(run.source))
+            if record.kind != FRAME or run.offset + run.length > len(data):
+                raise FormatError("a patch names bytes that its source has not")
+            parts.append(data[run.offset : run.offset + run.length])
+        return b"".join(parts)
+
+    def pages(self, digest: bytes) -> bytes:
+        """Return the page hashes of a chunk, without reading its content where they are stored."""
+        parts = []
+        for run in self.runs(digest):
+            place = self.find(run.source)
+            with self._naming(place):
+                record = self.record(place)
+            if record.kind != FRAME or run.offset % PAGE:
+                break  # not made of pages: the digest tells
+            start, end = run.offset // PAGE, count_pages(run.offset + run.length)
+            parts.append(record.pages(place.place)[start * PAGE_HASH : end * PAGE_HASH])
+        pages = b"".join(parts)
+        return pages if digest_pages(pages) == digest else hash_pages(self.get(digest))
+
+
+def _remember(cache: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
+    cache[key] = value
+    if len(cache) > most:
+        cache.popitem(last=False)
+
+
+# ---- entries in blocks, chunks in lists ----
+
+
+class BlockWriter:
+    """Entries in the order of their paths, cut into blocks at places that depend on the paths.
+
+    So an unchanged stretch of entries makes the block that the last snapshot has already.
+    """
+
+    def __init__(self, writer: PackWriter) -> None:
+        self.writer = writer
+        self.blocks: list[bytes] = []
+        self.tail: list[bytes] = []  # entries not in a block yet
+        self._size = 0
+
+    def put(self, entry: Entry) -> None:
+        """Add the next entry."""
+        line = entry.encode()
+        if self._size + len(line) > CHUNK // 4:
+            self._cut()
+        self.tail.append(line)
+        self._size += len(line)
+        name = entry.line[9 : entry.line.index(b'","kind"')]
+        if zlib.crc32(name) % 256 == 0:  # a block of some 256 entries
+            self._cut()
+
+    def _cut(self) -> None:
+        if self.tail:
+            self.blocks.append(self.writer.put_chunk(b"".join(self.tail)))
+            self.tail, self._size = [], 0
+
+    def close(self) -> tuple[bytes, ...]:
+        """Return the digests of all blocks."""
+        self._cut()
+        return tuple(self.blocks)
+
+
+def list_entries(reader: Reader, blocks: Iterable[bytes]) -> Iterator[Entry]:
+    """Yield the entries of a snapshot's blocks, in order."""
+    for digest in blocks:
+        for line in reader.get(digest).split(b"\n")[:-1]:
+            yield Entry.decode(line)
+
+
+class ListWriter:
+    """The chunks of one file as they come, in lists where there are many."""
+
+    def __init__(self, writer: PackWriter) -> None:
+        self.writer = writer
+        self.count = 0  # chunks so far
+        self._lists: list[bytes] = []
+        self._span: list[bytes | int] = []
+
+    def put(self, chunk: bytes) -> None:
+        """Add the next chunk's digest."""
+        self._make_room()
+        self._span.append(chunk)
+        self.count += 1
+
+    def put_zeros(self, count: int) -> None:
+        """Add `count` chunks of zeros."""
+        while count > 0:
+            self._make_room()
+            step = min(count, LIST_SPAN - self.count % LIST_SPAN)
+            last = self._span[-1] if self._span else b""
+            if isinstance(last, int):
+                self._span[-1] = last + step
+            else:
+                self._span.append(step)
+            self.count += step
+            count -= step
+
+    def _make_room(self) -> None:
+        if self._span and self.count % LIST_SPAN == 0:
+            self._lists.append(self.writer.put_chunk(write_json(encode_chunks(self._span)).encode("ascii")))
+            self._span = []
+
+    def content(self, size: int, grade: str) -> Content:
+        """Return the content so far."""
+        if not self._lists:
+            return Content(size, tuple(self._span), (), grade)
+        rest = write_json(encode_chunks(self._span)).encode("ascii")
+        return Content(size, (), (*self._lists, self.writer.put_chunk(rest)), grade)
+
+
+def load_chunk_list(reader: Reader, digest: bytes) -> tuple[bytes | int, ...]:
+    """Return the chunks that a list names."""
+    try:
+        values = json.loads(reader.get(digest))
+    except ValueError:
+        raise FormatError(f"the list {digest.hex()} is not JSON") from None
+    if type(values) is not list or len(values) > LIST_SPAN:
+        raise FormatError(f"the list {digest.hex()} is not a list")
+    return decode_chunks(values)
+
+
+def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
+    """Yield the chunks of a file, a number for that many chunks of zeros."""
+    yield from content.chunks
+    for digest in content.lists:
+        yield from load_chunk_list(reader, digest)
+
+
+class LinkTable:
+    """What is known of files with several names, on disk: there may be millions."""
+
+    def __init__(self) -> None:
+        import sqlite3
+
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # a private temporary file
+        self._table.execute(
+            "CREATE TABLE links (device INTEGER, inode INTEGER, value BLOB, PRIMARY KEY (device, inode))"
+        )
+        self._table.execute("BEGIN")
+
+    def put(self, key: tuple[int, int], value: bytes) -> None:
+        """Keep a value for a device and an inode."""
+        self._table.execute("INSERT OR REPLACE INTO links VALUES (?, ?, ?)", (*map(_signed, key), value))
+
+    def get(self, key: tuple[int, int]) -> bytes | None:
+        """Return the value for a device and an inode, if there is one."""
+        row = self._table.execute(
+            "SELECT value FROM links WHERE device = ? AND inode = ?", tuple(map(_signed, key))
+        ).fetchone()
+        return bytes(row[0]) if row else None
+
+    def close(self) -> None:
+        """Forget all."""
+        self._table.close()
+
+
+def _signed(number: int) -> int:
+    """Return a 64-bit number as SQLite stores one."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+class ChunkTable:
+    """The chunks of a file by their number."""
+
+    def __init__(self, reader: Reader, content: Content) -> None:
+        self.reader = reader
+        self.content = content
+        self._span = -1
+        self._chunks: list[bytes | None] = []
+
+    def get(self, number: int) -> bytes | None:
+        """Return the digest of a chunk; None for zeros and beyond the end."""
+        span, place = divmod(number, LIST_SPAN)
+        if span != self._span:
+            self._span, self._chunks = span, []
+            for chunk in self._load(span):
+                self._chunks.extend([None] * chunk if isinstance(chunk, int) else [chunk])
+        return self._chunks[place] if place < len(self._chunks) else None
+
+    def _load(self, span: int) -> Sequence[bytes | int]:
+        if self.content.lists:
+            return load_chunk_list(self.reader, self.content.lists[span]) if span < len(self.content.lists) else ()
+        return self.content.chunks if span == 0 else ()
+
+
+# ---- the store as a whole, and a node's folder in it ----
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a pull had when it was cut off: the next one need not ask for it again."""
+
+    blocks: tuple[bytes, ...] = ()
+    tail: tuple[bytes, ...] = ()  # lines of entries after the blocks
+    current: Entry | None = None  # the file being read, as far as it was
+
+
+def encode_progress(progress: Progress) -> bytes:
+    """Return the progress.json of a node."""
+    fields = {
+        "format": FORMAT,
+        "blocks": [digest.hex() for digest in progress.blocks],
+        "tail": [line.decode("ascii") for line in progress.tail],
+        "current": progress.current.encode().decode("ascii") if progress.current else "",
+    }
+    return write_json(fields).encode("ascii")
+
+
+def decode_progress(data: bytes) -> Progress:
+    """Return the Progress in a progress.json."""
+    fields = Fields(data, "progress.json")
+    current = fields.text("current", "", CHUNK).encode("ascii", "replace")
+    return Progress(
+        blocks=tuple(decode_digest(text) for text in fields.texts("blocks", 1 << 30)),
+        tail=tuple(line.encode("ascii", "replace") for line in fields.texts("tail", 1 << 20, CHUNK)),
+        current=Entry.decode(current) if current else None,
+    )
+
+
+class NodeFolder:
+    """One node's folder: its snapshots and what is known of it."""
+
+    def __init__(self, store: str, name: str) -> None:
+        self.name = name
+        self.path = os.path.join(store, name)
+        self.snapshots = os.path.join(self.path, "snapshots")
+
+    def make(self) -> None:
+        """Make the folder durably."""
+        with writing(self.path):
+            make_folder(self.snapshots)
+
+    def lock(self) -> int:
+        """Return a descriptor that keeps other runs off this node; StoreError if one is on it."""
+        try:
+            return lock_file(os.path.join(self.path, "lock"), shared=False)
+        except BlockingIOError:
+            raise StoreError(f"another run is copying {self.name} at this moment") from None
+
+    def load_known(self) -> Known:
+        """Return what is known of the node."""
+        with open(os.path.join(self.path, "node.json"), "rb") as file:
+            return decode_known(file.read(), self.name)
+
+    def save_known(self, known: Known) -> None:
+        """Keep what is known of the node."""
+        with writing(self.path):
+            write_durably(os.path.join(self.path, "node.json"), encode_known(known))
+
+    def list_snapshots(self) -> tuple[list[Snapshot], list[str]]:
+        """Return all snapshots in the order they were made, and a sentence for each damaged one."""
+        found, damaged = [], []
+        with contextlib.suppress(FileNotFoundError):
+            for name in sorted(os.listdir(self.snapshots)):
+                if name.endswith(".json") and not name.startswith("."):
+                    try:
+                        found.append(self.load_snapshot(name[:-5]))
+                    except (FormatError, OSError) as error:
+                        damaged.append(f"snapshot {self.name}/{name[:-5]} cannot be read: {error}")
+        return sorted(found, key=lambda snapshot: snapshot.sequence), damaged
+
+    def load_snapshot(self, name: str) -> Snapshot:
+        """Return one snapshot."""
+        with open(os.path.join(self.snapshots, name + ".json"), "rb") as file:
+            return decode_snapshot(file.read(), self.name, name)
+
+    def save_snapshot(self, snapshot: Snapshot) -> Snapshot:
+        """Keep a snapshot whose content is durable (I1); returns it as it is named.
+
+        Two in the same second get names that differ; none is ever overwritten (I3).
+        """
+        for number in itertools.count(1):
+            name = snapshot.name if number == 1 else f"{snapshot.name}-{number}"
+            named = replace(snapshot, name=name)
+            with writing(self.path), contextlib.suppress(FileExistsError):
+                write_durably(os.path.join(self.snapshots, name + ".json"), encode_snapshot(named), replacing=False)
+                return named
+        raise AssertionError("itertools.count ended")
+
+    def load_progress(self) -> Progress:
+        """Return what the last pull had when it was cut off; nothing where it was not."""
+        try:
+            with open(os.path.join(self.path, "progress.json"), "rb") as file:
+                return decode_progress(file.read())
+        except (FileNotFoundError, FormatError):
+            return Progress()  # at worst something is sent again
+
+    def save_progress(self, progress: Progress) -> None:
+        """Keep what is durable of a pull so far."""
+        with writing(self.path):
+            write_durably(os.path.join(self.path, "progress.json"), encode_progress(progress))
+
+    def drop_progress(self) -> None:
+        """Forget the progress of a pull that has its snapshot."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.path, "progress.json"))
+
+
+class Store:
+    """A folder of packs and snapshots, opened and locked against deletion."""
+
+    def __init__(self, path: str, identity: str, lock: int, index: Index) -> None:
+        self.path = path
+        self.identity = identity
+        self.packs = os.path.join(path, "packs")
+        self.index = index
+        self.problems: list[str] = []  # what is damaged, found while opening
+        self._lock = lock
+        self._load_index()
+
+    def close(self) -> None:
+        """Give up the lock."""
+        self.index.close()
+        os.close(self._lock)
+
+    def _load_index(self) -> None:
+        """Make the index say what the packs say (I4)."""
+        packs = list_packs(self.packs)
+        known = self.index.list_packs()
+        for name in known - packs.keys():
+            self.index.drop_pack(name)
+        for name in sorted(packs.keys() - known):
+            try:
+                self.index.put_pack(name, read_pack_index(packs[name]))
+            except (FormatError, OSError) as error:
+                self.problems.append(f"pack {packs[name]} cannot be read: {error}")
+
+    def reader(self) -> Reader:
+        """Return a Reader for one thread."""
+        return Reader(self.packs, self.index)
+
+    def node(self, name: str) -> NodeFolder:
+        """Return a node's folder, which need not exist."""
+        return NodeFolder(self.path, name)
+
+    def list_nodes(self) -> list[Known]:
+        """Return all nodes that have a folder, by name."""
+        found = []
+        for name in sorted(os.listdir(self.path)):
+            if os.path.exists(os.path.join(self.path, name, "node.json")):
+                try:
+                    found.append(self.node(name).load_known())
+                except (FormatError, OSError) as error:
+                    self.problems.append(f"{name}/node.json cannot be read: {error}")
+        return found
+
+
+def open_store(path: str, create: bool = False) -> Store:
+    """Return the store at `path`; with `create`, one is made in a folder that is empty or absent.
+
+    Raises StoreError when it is no store, of a newer format, or being pruned.
+    """
+    try:
+        if create and not os.path.exists(os.path.join(path, "zbackup.json")):
+            _create_store(path)
+        identity = _load_identity(path)
+        lock = lock_file(os.path.join(path, "lock"), shared=True)
+        return Store(path, identity, lock, open_index(path))
+    except BlockingIOError:
+        raise StoreError(f"the store {path} is locked by another run that deletes") from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoreError(f"the store {path} {'is full' if full else 'cannot be opened'}: {explain(error)}") from None
+
+
+def _create_store(path: str) -> None:
+    import secrets
+
+    make_folder(path)
+    strange = [n for n in os.listdir(path) if n not in ("packs", "lock", "README.txt") and not n.startswith(TEMPORARY)]
+    if strange:
+        raise StoreError(
+            f"{path} is not a zbackup store, and not empty (it has {show(strange[0])}); name another folder with --store"
+        )
+    make_folder(os.path.join(path, "packs"))
+    write_durably(os.path.join(path, "README.txt"), STORE_README.encode("ascii"))
+    # Last, since its presence makes the folder a store.
+    fields = {"format": FORMAT, "id": secrets.token_hex(16), "features": list(FEATURES)}
+    with contextlib.suppress(FileExistsError):
+        write_durably(os.path.join(path, "zbackup.json"), (json.dumps(fields) + "\n").encode("ascii"), replacing=False)
+
+
+def _load_identity(path: str) -> str:
+    try:
+        with open(os.path.join(path, "zbackup.json"), "rb") as file:
+            fields = Fields(file.read(), "zbackup.json")
+        if fields.integer("format") != FORMAT:
+            raise StoreError(
+                f"the store {path} is of format {fields.integer('format')}; this zbackup knows {FORMAT}"
+            )
+        unknown = set(fields.texts("features")) - set(FEATURES)
+        if unknown:
+            raise StoreError(
+                f"the store {path} needs what this zbackup does not know ({show(sorted(unknown)[0])}): use a newer one"
+            )
+        return fields.text("id")
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{path} is not a zbackup store: it has no zbackup.json") from None
+    except FormatError as error:
+        raise StoreError(f"the store {path} is damaged: {error}") from None
+
+
+def open_index(path: str) -> Index:
+    """Return the index of the store at `path`; one in memory where the store cannot be written."""
+    import sqlite3
+
+    try:
+        return Index(os.path.join(path, "index.sqlite"))
+    except (sqlite3.OperationalError, OSError):
+        if os.access(path, os.W_OK):
+            raise StoreError(f"the index of the store {path} cannot be opened; see whether the disk is full") from None
+        return Index(":memory:")
+
+
+# ==== 8. KEEP: what may be deleted ====
+
+
+@dataclass(frozen=True)
+class Leftovers:
+    """Files that a dead process left and nothing names."""
+
+    paths: tuple[str, ...]
+
+
+def plan_leftovers(store: Store) -> Leftovers:
+    """Return the unfinished packs whose writers are gone."""
+    found = []
+    for entry in os.scandir(store.packs):
+        if entry.name.startswith("incoming-"):
+            with contextlib.suppress(OSError):
+                os.close(lock_file(entry.path, shared=False))
+                found.append(entry.path)
+    return Leftovers(tuple(sorted(found)))
+
+
+def execute_leftovers(plan: Leftovers) -> None:
+    """Remove them, unless they came to life."""
+    for path in plan.paths:
+        with contextlib.suppress(OSError):
+            fd = lock_file(path, shared=False)
+            os.unlink(path)
+            os.close(fd)
+
+
+# ==== 9. NODE: scan, freeze, read, answer ====
+
+DATABASE_MAGIC = b"SQLite format 3\0"
+COMPANIONS = (b"-wal", b"-shm", b"-journal")  # of a database; its frozen copy holds what they held
+ZEROS = bytes(CHUNK)
+KIND_OF = {
+    stat_bits.S_IFREG: "file",
+    stat_bits.S_IFDIR: "directory",
+    stat_bits.S_IFLNK: "symlink",
+    stat_bits.S_IFIFO: "fifo",
+    stat_bits.S_IFSOCK: "socket",
+    stat_bits.S_IFBLK: "block",
+    stat_bits.S_IFCHR: "character",
+}
+
+
+@dataclass(frozen=True)
+class Root:
+    """One thing that a node was told to serve."""
+
+    stored: bytes  # its path in snapshots: as given, without a leading slash
+    real: bytes  # absolute
+
+
+def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
+    """Return the roots that exist now, sorted, none inside another; and what matched nothing.
+
+    `base` is the folder that relative names start from.  Raises UsageError when two different
+    files would get one name.
+    """
+    import glob
+
+    roots: dict[bytes, Root] = {}
+    missing = []
+    for pattern in files:
+        path = os.path.join(base, os.path.expanduser(pattern))
+        found = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
+        if not found:
+            missing.append(pattern)
+        for real in found:
+            root = Root(name_root(pattern, real, base), os.fsencode(os.path.abspath(real)))
+            if roots.setdefault(root.stored, root) != root:
+                raise UsageError(f"--file {show(pattern)}: another file has the name {show(root.stored)} already")
+    ordered = sorted(roots.values(), key=lambda root: path_key(root.stored))
+    kept: list[Root] = []
+    for root in ordered:
+        if not kept or not is_at_or_below(root.stored, kept[-1].stored):
+            kept.append(root)
+    return kept, missing
+
+
+def name_root(pattern: str, real: str, base: str) -> bytes:
+    """Return the path under which a root is stored: relative where it was given so."""
+    if not os.path.isabs(os.path.expanduser(pattern)):
+        relative = os.path.relpath(real, base)
+        if relative != "." and not relative.startswith(".."):
+            return os.fsencode(relative)
+    return os.fsencode(os.path.abspath(real)).strip(b"/")
+
+
+class Exclude:
+    """Patterns as in a .gitignore: the last one that matches decides."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self._rules = [self._compile(pattern) for pattern in patterns if pattern.strip("/! ")]
+
+    @staticmethod
+    def _compile(pattern: str) -> tuple[bool, bool, re.Pattern[str]]:
+        negated = pattern.startswith("!")
+        pattern = pattern[1:] if negated else pattern
+        body = pattern.rstrip("/")
+        anchored = "/" in body
+        regex = ("" if anchored else "(?:.*/)?") + translate_glob(body.lstrip("/"))
+        return not negated, body != pattern, re.compile(regex, re.DOTALL)
+
+    def matches(self, path: bytes, is_folder: bool) -> bool:
+        """Tell whether `path` itself is excluded; the folders above it are asked on their own."""
+        excluded = False
+        text = encode_path(path) if self._rules else ""
+        for verdict, only_folders, regex in self._rules:
+            if excluded != verdict and (is_folder or not only_folders) and regex.fullmatch(text):
+                excluded = verdict
+        return excluded
+
+
+def translate_glob(pattern: str) -> str:
+    """Return the regular expression of a gitignore pattern (gitignore(5)) without its outer slashes."""
+    tokens = re.compile(r"(?P<deep>(?:^|(?<=/))\*\*/)|(?P<all>(?<=/)\*\*$)|\*+|\?|\[!?\]?[^]]*\]|\\.|.", re.DOTALL)
+    parts = []
+    for match in tokens.finditer(pattern):
+        token = match.group()
+        if match.group("deep"):
+            parts.append("(?:.*/)?")
+        elif match.group("all"):
+            parts.append(".+")
+        elif token[0] == "*":
+            parts.append("[^/]*")
+        elif token == "?":
+            parts.append("[^/]")
+        elif token[0] == "[" and len(token) > 2:
+            inside = token[1:-1].replace("\\", "\\\\").replace("[", "\\[")
+            parts.append("[" + ("^/" + inside[1:] if inside[0] == "!" else inside) + "]")
+        else:
+            parts.append(re.escape(token[-1]))
+    return "".join(parts)
+
+
+class Spool:
+    """The folder of frozen copies, and the lock that all sessions of a node share."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        # Closing any descriptor of a database drops this process's locks on it (fcntl(2)):
+        # whoever opens one, to look or to copy, holds this.
+        self.sqlite = threading.Lock()
+        make_folder(path)
+        found = os.stat(path)
+        self.inode = (found.st_dev, found.st_ino)  # never served
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove what a node that was killed left here."""
+        import shutil
+
+        for name in os.listdir(self.path):
+            if name.startswith("freeze-"):
+                shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
+
+
+class Source:
+    """The paths that one copy may read: below the roots, not excluded, no symlink followed."""
+
+    def __init__(self, settings: NodeSettings, clock: Clock, roots: Sequence[Root], spool: Spool) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.roots = roots
+        self.exclude = Exclude(settings.exclude)
+        self.spool = spool
+        self._by_name = {root.stored: root for root in roots}
+        self._root: Root | None = None
+        self._folders: Folders | None = None
+        self._names: dict[tuple[str, int], str] = {}
+
+    def close(self) -> None:
+        """Close all folders."""
+        if self._folders:
+            self._folders.close()
+        self._root = self._folders = None
+
+    # -- ways to a path --
+
+    def _root_of(self, path: bytes) -> Root:
+        prefix = path
+        while True:
+            if prefix in self._by_name:
+                return self._by_name[prefix]
+            if not prefix:
+                raise FileNotFoundError(errno.ENOENT, "not among the files that this node serves")
+            prefix = prefix.rpartition(b"/")[0]
+
+    def _enter(self, path: bytes) -> tuple[Folders, bytes]:
+        """Return the folders of a path's root, and the path as they know it."""
+        root = self._root_of(path)
+        if root != self._root or self._folders is None:
+            self.close()
+            above = os.open(os.path.dirname(root.real), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._root, self._folders = root, Folders(above)
+        return self._folders, os.path.basename(root.real) + path[len(root.stored) :] if root.stored else path
+
+    def find_real(self, path: bytes) -> bytes:
+        """Return the absolute path of a path, for what cannot use descriptors."""
+        root = self._root_of(path)
+        return root.real + path[len(root.stored) :] if root.stored else b"/" + path
+
+    def folder(self, path: bytes) -> int:
+        """Return a descriptor of a folder, valid until the next call."""
+        folders, inside = self._enter(path)
+        return folders.open(inside)
+
+    def parent(self, path: bytes) -> tuple[int, bytes]:
+        """Return a descriptor of the folder that `path` lies in, and its last part."""
+        folders, inside = self._enter(path)
+        return folders.parent(inside)
+
+    def check(self, path: bytes) -> None:
+        """Raise FileNotFoundError when `path` is not to be served."""
+        root = self._root_of(path)
+        rest = path[len(root.stored) :].strip(b"/").split(b"/") if path != root.stored else []
+        for depth in range(len(rest)):
+            above = b"/".join(filter(None, [root.stored, *rest[: depth + 1]]))
+            if self.exclude.matches(above, depth + 1 < len(rest)):
+                raise FileNotFoundError(errno.ENOENT, "excluded on the node")
+
+    # -- what a path is --
+
+    def _name(self, kind: str, number: int) -> str:
+        import grp
+        import pwd
+
+        if (kind, number) not in self._names:
+            try:
+                name = pwd.getpwuid(number).pw_name if kind == "user" else grp.getgrgid(number).gr_name
+            except KeyError:
+                name = ""
+            self._names[kind, number] = name
+        return self._names[kind, number]
+
+    def stat(self, path: bytes, found: os.stat_result, fd: int = -1, name: bytes = b"") -> Stat:
+        """Return the Stat of a path; `fd` and `name` say where it lies, for what only a path tells."""
+        kind = KIND_OF.get(stat_bits.S_IFMT(found.st_mode), "character")
+        user, group = self._name("user", found.st_uid), self._name("group", found.st_gid)
+        mode, mtime = found.st_mode & 0o7777, found.st_mtime_ns
+        stat = Stat(path, kind, mode, found.st_uid, found.st_gid, user, group, mtime=mtime)
+        if kind == "file":
+            return self._file_stat(stat, found)
+        if fd >= 0:
+            stat = replace(stat, xattrs=self._xattrs(fd, name))
+        if kind == "symlink" and fd >= 0:
+            return replace(stat, target=os.readlink(name, dir_fd=fd))
+        if kind in ("block", "character"):
+            return replace(stat, rdev=found.st_rdev)
+        return stat
+
+    def _file_stat(self, stat: Stat, found: os.stat_result) -> Stat:
+        young = self.clock.now() - int(self.settings.margin * 1e9)
+        return replace(
+            stat,
+            size=found.st_size,
+            ctime=found.st_ctime_ns,
+            inode=found.st_ino,
+            links=found.st_nlink,
+            device=found.st_dev if found.st_nlink > 1 else 0,
+            sparse=found.st_size > PAGE and found.st_blocks * 512 < found.st_size,
+            fresh=max(found.st_mtime_ns, found.st_ctime_ns) > young,
+        )
+
+    @staticmethod
+    def _xattrs(fd: int, name: bytes) -> dict[str, str]:
+        try:
+            return list_xattrs(name_in(fd, name))
+        except OSError:
+            return {}
+
+    def look(self, path: bytes) -> Stat | None:
+        """Return the Stat of a path; None when it is gone, excluded or part of a database."""
+        try:
+            fd, name = self.parent(path)
+            found = os.lstat(name, dir_fd=fd)
+        except FileNotFoundError:
+            return None
+        is_folder = stat_bits.S_ISDIR(found.st_mode)
+        if self.exclude.matches(path, is_folder) and path not in self._by_name:
+            return None
+        if is_folder and (found.st_dev, found.st_ino) == self.spool.inode:
+            return None
+        if stat_bits.S_ISREG(found.st_mode):
+            if self._is_companion(fd, name):
+                return None
+            return self.look_at_database(self.stat(path, found), fd, name)
+        try:
+            return self.stat(path, found, fd, name)
+        except FileNotFoundError:
+            return None
+
+    # -- databases --
+
+    def _is_companion(self, fd: int, name: bytes) -> bool:
+        return any(name.endswith(end) and self._has_magic(fd, name[: -len(end)]) for end in COMPANIONS)
+
+    def _has_magic(self, fd: int, name: bytes) -> bool:
+        try:
+            with self.spool.sqlite:
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+                try:
+                    return stat_bits.S_ISREG(os.fstat(file).st_mode) and os.read(file, 16) == DATABASE_MAGIC
+                finally:
+                    os.close(file)
+        except OSError:
+            return False
+
+    def look_at_database(self, stat: Stat, fd: int, name: bytes) -> Stat:
+        """Return `stat` marked, with its log's state, when it is of a SQLite database."""
+        # Only these sizes can be whole pages; reading the head of every file would cost a seek each.
+        if not stat.size or stat.size % 512 or not self._has_magic(fd, name):
+            return stat
+        try:
+            wal = os.lstat(name + b"-wal", dir_fd=fd)
+        except OSError:
+            return replace(stat, database=True)
+        if not wal.st_size:
+            return replace(stat, database=True)
+        young = wal.st_mtime_ns > self.clock.now() - int(self.settings.margin * 1e9)
+        return replace(stat, database=True, wal=(wal.st_size, wal.st_mtime_ns), fresh=stat.fresh or young)
+
+
+def scan(source: Source) -> Iterator[Stat]:
+    """Yield all that a source holds, sorted by path_key; the folders above its roots first."""
+    said: set[bytes] = set()
+    for root in source.roots:
+        depth = root.stored.count(b"/")
+        parts, real = root.stored.split(b"/"), root.real
+        for level in range(depth, 0, -1):
+            above = b"/".join(parts[: depth + 1 - level])
+            folder = b"/".join(real.split(b"/")[:-level]) or b"/"
+            if above not in said:
+                said.add(above)
+                with contextlib.suppress(FileNotFoundError):
+                    yield source.stat(above, os.stat(folder))
+        yield from _scan_root(source, root)
+
+
+def _scan_root(source: Source, root: Root) -> Iterator[Stat]:
+    device = None
+    stack: list[tuple[bytes, Iterator[bytes]]] = [(root.stored, iter([b""]))]
+    while stack:
+        folder, names = stack[-1]
+        name = next(names, None)
+        if name is None:
+            stack.pop()
+            continue
+        path = b"/".join(filter(None, [folder, name]))
+        stat, inside = _look(source, path, device)
+        if path == root.stored and source.settings.one_file_system:
+            device = os.lstat(root.real).st_dev
+        if stat:
+            yield stat
+        if inside:
+            stack.append((path, iter(inside)))
+
+
+def _look(source: Source, path: bytes, device: int | None) -> tuple[Stat | None, list[bytes]]:
+    """Return a path's Stat and, for a folder to go into, the names in it."""
+    if not path:  # the root is the filesystem's own: it has no entry
+        return None, sorted(map(os.fsencode, os.listdir(source.folder(path))))
+    stat = None
+    try:
+        stat = source.look(path)
+        if stat is None or stat.kind != "directory":
+            return stat, []
+        fd = source.folder(path)
+        if device is not None and os.fstat(fd).st_dev != device:
+            return stat, []
+        return stat, sorted(map(os.fsencode, os.listdir(fd)))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None, []
+        return replace(stat or Stat(path, "file"), error=explain(error)), []
+
+
+# ---- freezing ----
+
+
+def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
+    """Copy a live SQLite database by its backup API; returns what quick_check finds wrong.
+
+    `wait` is how long (s) to wait for a lock.  Raises sqlite3.Error; all transactions that
+    were committed before the call are in the copy.
+    """
+    import sqlite3
+
+    origin = open_database(source, wait, clock)
+    try:
+        copy = sqlite3.connect(target, isolation_level=None)
+        try:
+            copy.execute("PRAGMA journal_mode = OFF")
+            copy.execute("PRAGMA synchronous = OFF")
+            origin.backup(copy)  # in one step: a writer cannot make it start again
+        finally:
+            copy.close()
+    finally:
+        origin.close()
+    return check_database(target)
+
+
+def check_database(path: str) -> str:
+    """Return what PRAGMA quick_check says of a database at rest; "" when all is well."""
+    import sqlite3
+
+    copy = sqlite3.connect(f"{make_uri(path)}?immutable=1", uri=True)
+    try:
+        said = str(copy.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.DatabaseError as error:
+        said = str(error)
+    finally:
+        copy.close()
+    return "" if said == "ok" else said
+
+
+def make_uri(path: str) -> str:
+    """Return a path as SQLite's URI, any bytes in it."""
+    import urllib.parse
+
+    return "file:" + urllib.parse.quote(os.fsencode(path))
+
+
+def open_database(path: str, wait: float, clock: Clock) -> sqlite3.Connection:
+    """Return a connection with a read transaction, so that what is committed stays as it is.
+
+    Read-only, unless that would leave a -wal or -shm beside a database that had none.
+    """
+    import sqlite3
+
+    with open(path, "rb") as file:
+        head = file.read(20)
+    try:
+        busy = os.stat(path + "-wal").st_size > 0
+    except OSError:
+        busy = False
+    mode = "rw" if head[18:19] == b"\2" and not busy and os.access(path, os.W_OK) else "ro"
+    connection = sqlite3.connect(f"{make_uri(path)}?mode={mode}", uri=True, timeout=0, isolation_level=None)
+    end = clock.monotonic() + wait
+    while True:
+        try:
+            connection.execute("BEGIN")
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            return connection
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or clock.monotonic() > end:
+                connection.close()
+                raise
+            connection.execute("ROLLBACK")
+            # Short and never the same: a writer without pause leaves small gaps.
+            clock.sleep(0.001 * (1 + os.urandom(1)[0] % 8))
+        except BaseException:
+            connection.close()
+            raise
+
+
+def recover_database(source: str, target: str) -> str:
+    """Copy a database that a crash left in the middle of a transaction, and let SQLite roll it back there.
+
+    Raises OSError (EBUSY when something changed it meanwhile) or sqlite3.Error.
+    """
+    import shutil
+    import sqlite3
+
+    ends = ("", "-journal", "-wal")
+    before = [_stat_or_none(source + end) for end in ends]
+    for end, found in zip(ends, before):
+        if found:
+            shutil.copyfile(source + end, target + end)
+    if before != [_stat_or_none(source + end) for end in ends]:
+        raise OSError(errno.EBUSY, "the SQLite database changed while it was copied")
+    copy = sqlite3.connect(target, isolation_level=None)
+    try:
+        copy.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        copy.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    finally:
+        copy.close()
+    return check_database(target)
+
+
+def _stat_or_none(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+# ---- reading ----
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A file that is being read, chunk by chunk."""
+
+    path: bytes
+    fd: int
+    stat: Stat  # from before anything was read
+    size: int  # bytes to read
+    grade: str  # frozen or stable
+    xattrs: Mapping[str, str]
+    note: str = ""  # what is wrong with it although it could be read
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One item of a READ."""
+
+    path: bytes
+    chunk: int
+    state: list[int]  # as the server knows it
+    pages: bytes  # hashes of what the server has
+
+
+def decode_asks(message: Message) -> list[Ask]:
+    """Return the items of a READ question; FormatError unless it is one."""
+    asks, at = [], 0
+    body = bytes(message.body)
+    for value in message.fields.items("files", READ_LIMIT):
+        fields = Fields.inside(value, "a file of READ")
+        size = fields.integer("pages", 0, high=CHUNK // PAGE) * PAGE_HASH
+        chunk = fields.integer("chunk", 0, high=1 << 43)
+        asks.append(Ask(fields.path("path"), chunk, fields.integers("state", 6), body[at : at + size]))
+        at += size
+    if at != len(body):
+        raise FormatError("READ with hashes that do not add up")
+    return asks
+
+
+def compare_pages(pages: bytes, base: bytes, length: int) -> list[list[int]] | None:
+    """Return runs [first, count] of pages that differ from `base`.
+
+    None when most of the `length` bytes do: then the whole chunk is better sent.
+    """
+    count = len(pages) // PAGE_HASH
+    runs: list[list[int]] = []
+    changed = 0
+    for i in range(count):
+        at = i * PAGE_HASH
+        if pages[at : at + PAGE_HASH] != base[at : at + PAGE_HASH]:
+            changed += 1
+            if runs and runs[-1][0] + runs[-1][1] == i:
+                runs[-1][1] += 1
+            else:
+                runs.append([i, 1])
+    return runs if changed * PAGE * 2 <= max(length, 2 * PAGE) or not changed else None
+
+
+class Files:
+    """The files that one session reads; keeps the last ones open between two questions."""
+
+    MOST = 4  # more than a server reads at once
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._handles: OrderedDict[bytes, Handle] = OrderedDict()
+        self._cannot_clone: set[int] = set()  # devices
+
+    def close(self) -> None:
+        """Close all files; frozen copies go with their last descriptor."""
+        while self._handles:
+            os.close(self._handles.popitem()[1].fd)
+
+    def handle(self, ask: Ask) -> Handle | None:
+        """Return the handle of a file: a new one for chunk 0, the same one for the next chunks."""
+        if ask.chunk == 0:
+            old = self._handles.pop(ask.path, None)
+            if old:
+                os.close(old.fd)
+            self._handles[ask.path] = self._open(ask.path)
+            if len(self._handles) > self.MOST:
+                os.close(self._handles.popitem(last=False)[1].fd)
+        return self._handles.get(ask.path)
+
+    def _open(self, path: bytes) -> Handle:
+        self.source.check(path)
+        folder, name = self.source.parent(path)
+        found = os.lstat(name, dir_fd=folder)
+        if not stat_bits.S_ISREG(found.st_mode):
+            raise FileNotFoundError(errno.ENOENT, "no longer a file")
+        stat = self.source.look_at_database(self.source.stat(path, found), folder, name)
+        return self._freeze(stat, folder, name) if stat.database else self._open_file(path, folder, name)
+
+    def _open_file(self, path: bytes, folder: int, name: bytes) -> Handle:
+        # O_NONBLOCK: should it have become a fifo, do not wait for its writer.
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        try:
+            found = os.fstat(fd)
+            if not stat_bits.S_ISREG(found.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "no longer a file")
+            handle = Handle(path, fd, self.source.stat(path, found), found.st_size, "stable", list_xattrs(fd))
+            return self._clone(handle, found.st_dev, folder)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _clone(self, handle: Handle, device: int, folder: int) -> Handle:
+        """Return a handle of a clone of a large file, where the filesystem can make one."""
+        if handle.size <= CHUNK or device in self._cannot_clone:
+            return handle
+        try:
+            # A file without a name, so that nothing is left behind, on the same filesystem.
+            copy = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        except (OSError, AttributeError):
+            return handle
+        if clone_file(handle.fd, copy):
+            os.close(handle.fd)
+            return replace(handle, fd=copy, size=os.fstat(copy).st_size, grade="frozen")
+        os.close(copy)
+        self._cannot_clone.add(device)
+        return handle
+
+    def _freeze(self, stat: Stat, folder: int, name: bytes) -> Handle:
+        """Return a handle of a copy of a SQLite database that holds all that is committed."""
+        import shutil
+        import sqlite3
+        import tempfile
+
+        work = tempfile.mkdtemp(prefix="freeze-", dir=self.source.spool.path)
+        target = os.path.join(work, "copy")
+        try:
+            with self.source.spool.sqlite:
+                plain = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+                try:
+                    xattrs = list_xattrs(plain)
+                finally:
+                    os.close(plain)
+                note = self._copy(self._find_name(stat.path, folder, name), target)
+            fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+            return Handle(stat.path, fd, stat, os.fstat(fd).st_size, "frozen", xattrs, note)
+        except sqlite3.OperationalError as error:
+            raise OSError(errno.EBUSY, f"the SQLite database cannot be copied: {error}") from None
+        except sqlite3.DatabaseError as error:
+            handle = self._open_file(stat.path, folder, name)
+            return replace(handle, note=f"SQLite cannot read it ({error}); copied as a plain file")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _copy(self, real: str, target: str) -> str:
+        """Copy a database; returns what is wrong with it."""
+        import sqlite3
+
+        try:
+            found = copy_database(real, target, self.source.settings.locked_timeout, self.source.clock)
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error) and "unable to open" not in str(error):
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(target)
+            found = recover_database(real, target)
+        return f"SQLite finds damage in the database: {found}" if found else ""
+
+    def _find_name(self, path: bytes, folder: int, name: bytes) -> str:
+        if os.path.exists("/proc/self/fd"):
+            return name_in(folder, name)
+        return os.fsdecode(self.source.find_real(path))
+
+    def read(self, ask: Ask) -> tuple[dict[str, Any], list[memoryview]]:
+        """Answer one item: its fields, and the bytes that travel with it."""
+        try:
+            handle = self.handle(ask)
+            if handle is None:
+                return {"status": "lost"}, []
+            return self._read(ask, handle)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE):
+                return {"status": "gone"}, []
+            return {"status": "error", "error": explain(error)}, []
+
+    def _read(self, ask: Ask, handle: Handle) -> tuple[dict[str, Any], list[memoryview]]:
+        fields: dict[str, Any] = {}
+        offset = ask.chunk * CHUNK
+        zeros = self._find_zeros(handle, offset)
+        data = b"" if zeros else read_range(handle.fd, CHUNK, offset)
+        if handle.size <= CHUNK and not zeros:
+            handle = replace(handle, size=len(data))  # what is there to read, whatever stat says
+        if ask.chunk == 0:
+            fields.update(size=handle.size, grade=handle.grade)
+            if ask.state != handle.stat.state:
+                fields["line"] = encode_stat(handle.stat).decode("ascii")
+            for name in ("xattrs", "note"):
+                if getattr(handle, name):
+                    fields[name] = getattr(handle, name)
+        fields["state"] = self._state(handle)
+        if zeros or (data and data == ZEROS[: len(data)]):
+            return {**fields, "status": "zeros", "count": zeros or 1}, []
+        if not data:
+            return {**fields, "status": "end"}, []
+        return self._compare(fields, data, ask.pages)
+
+    @staticmethod
+    def _compare(fields: dict[str, Any], data: bytes, base: bytes) -> tuple[dict[str, Any], list[memoryview]]:
+        pages = hash_pages(data)
+        fields.update(length=len(data), digest=digest_pages(pages).hex())
+        if pages == base:
+            return {**fields, "status": "same"}, []
+        runs = compare_pages(pages, base, len(data)) if base else None
+        view = memoryview(data)
+        if runs is None:
+            return {**fields, "status": "whole"}, [view]
+        return {**fields, "status": "patch", "runs": runs}, [view[f * PAGE : (f + n) * PAGE] for f, n in runs]
+
+    @staticmethod
+    def _find_zeros(handle: Handle, offset: int) -> int:
+        """Return how many whole chunks from `offset` on lie in a hole."""
+        if not handle.stat.sparse or offset >= handle.size or not hasattr(os, "SEEK_DATA"):
+            return 0
+        try:
+            data = os.lseek(handle.fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                return 0
+            return -(-handle.size // CHUNK) - offset // CHUNK  # a hole up to the end
+        return data // CHUNK - offset // CHUNK
+
+    @staticmethod
+    def _state(handle: Handle) -> list[int]:
+        if handle.grade == "frozen":
+            return handle.stat.state
+        found = os.fstat(handle.fd)
+        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+# ---- answering ----
+
+BATCH = 256 << 10  # bytes of entries in one answer to LIST
+HOOK_OUTPUT = 4096  # bytes of a hook's output that are kept
+
+
+def run_hook(command: str, wait: bool = True) -> str:
+    """Run a shell command of the node's own configuration; returns what went wrong, "" when nothing."""
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        if not wait or process.wait() == 0:
+            return ""
+        size = output.seek(0, os.SEEK_END)
+        output.seek(max(0, size - HOOK_OUTPUT))
+        said = show(output.read().decode("utf-8", "replace").strip().replace("\n", " | "))
+    return f"ended with code {process.returncode}" + (f": {said}" if said else "")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What one session has open."""
+
+    codec: int
+    source: Source
+    files: Files
+    entries: Iterator[bytes]  # lines still to be listed
+
+
+@dataclass(frozen=True)
+class Home:
+    """What all sessions of a node share."""
+
+    settings: NodeSettings
+    wire: Wire
+    listener: Listener
+    spool: Spool
+    base: str  # folder that relative --file names start from
+    say: Callable[[str], None]
+
+
+class Session:
+    """One server's copy of this node, in a thread of its own; answers in the order of the questions."""
+
+    def __init__(self, home: Home, peer: bytes) -> None:
+        import queue
+
+        self.home = home
+        self.peer = peer
+        self.questions: queue.Queue[Message | None] = queue.Queue()
+        self.ended = False
+        self.number = 0  # of the question that it works on; 0 for none
+        self.sign = 0.0  # when its server last had a sign of life, monotonic
+        self._copy: Copy | None = None
+        self._held = b""  # a line that did not fit the last answer
+        self._hooked = False  # --before has run, --after is due
+        self._thread = threading.Thread(target=self._run, daemon=True, name="session")
+        self._thread.start()
+
+    def close(self, wait: float) -> None:
+        """End the session and wait (s) for it."""
+        self.questions.put(None)
+        self._thread.join(wait)
+
+    def _run(self) -> None:
+        import queue
+
+        socket = self.home.listener.reply_socket()
+        try:
+            while True:
+                message = self.questions.get(timeout=self.home.settings.session_timeout)
+                if message is None:
+                    break
+                self.sign, self.number = self.home.wire.clock.monotonic(), message.number
+                frames = self._answer(message)
+                self.number = 0
+                socket.send_multipart([self.peer, *frames], copy=False)
+                if message.kind == CLOSE:
+                    break
+        except queue.Empty:
+            self.home.say("a server went away in the middle of a copy")
+        except self.home.wire.zmq.ZMQError:
+            pass  # the node is ending
+        finally:
+            self.ended = True
+            self._end(wait=not self.home.wire.stop.is_set())
+            socket.close(linger=1000)
+
+    def _end(self, wait: bool) -> str:
+        """Close what is open and run --after; returns what went wrong with it."""
+        if self._copy:
+            self._copy.files.close()
+            self._copy.source.close()
+        self._copy = None
+        hooked, self._hooked = self._hooked, False
+        return run_hook(self.home.settings.after, wait) if hooked and self.home.settings.after else ""
+
+    def _answer(self, message: Message) -> list[bytes]:
+        kinds = {LIST: self._list, READ: self._read}
+        try:
+            if message.kind == OPEN:
+                fields, body = self._open(message), b""
+            elif message.kind == CLOSE:
+                fields, body = self._close(), b""
+            elif message.kind not in kinds:
+                raise NodeError(f"this node knows no message {show(message.kind)}", "unknown")
+            elif self._copy is None:
+                raise NodeError("no copy is open", "closed")
+            else:
+                fields, body = kinds[message.kind](message, self._copy)
+            return encode_message(message.kind, message.number, fields, body)
+        except NodeError as error:
+            return self._error(message, error.code, str(error))
+        except BackupError as error:
+            return self._error(message, "wrong", str(error))
+        except OSError as error:
+            return self._error(message, "failed", f"{explain(error)} on the node")
+
+    @staticmethod
+    def _error(message: Message, code: str, sentence: str) -> list[bytes]:
+        return encode_message(ERROR, message.number, {"code": code, "message": sentence[:4000]})
+
+    def _open(self, message: Message) -> dict[str, Any]:
+        settings = self.home.settings
+        names = message.fields.texts("codecs", 20)
+        codec = next((CODECS[name] for name in list_codecs() if name in names), PLAIN)
+        self._end(wait=True)
+        if settings.before:
+            self._hooked = True
+            failure = run_hook(settings.before)
+            if failure:
+                raise NodeError(f"--before {failure}", "hook")
+        roots, missing = list_roots(settings.files, self.home.base)
+        source = Source(settings, self.home.wire.clock, roots, self.home.spool)
+        self._copy = Copy(codec, source, Files(source), map(encode_stat, scan(source)))
+        self._held = b""
+        return {"missing": missing, "roots": [encode_path(root.stored) for root in roots]}
+
+    def _list(self, message: Message, copy: Copy) -> tuple[dict[str, Any], bytes]:
+        lines = [self._held] if self._held else []
+        size, self._held, more = len(self._held), b"", True
+        while size < BATCH and more:
+            line = next(copy.entries, b"")
+            more = bool(line)
+            if size + len(line) > CHUNK and lines:
+                self._held = line
+                break
+            lines += [line] if line else []
+            size += len(line) + 1
+        raw = b"\n".join(lines)
+        codec, data = compress(copy.codec, raw, self.home.settings.level)
+        return {"more": more, "codec": codec, "size": len(raw)}, data
+
+    def _read(self, message: Message, copy: Copy) -> tuple[dict[str, Any], bytes]:
+        items: list[dict[str, Any]] = []
+        payload: list[memoryview] = []
+        size = head = 0
+        for ask in decode_asks(message):
+            if size >= CHUNK or head >= CHUNK:  # files have grown since they were listed
+                items.append({"status": "later"})
+                continue
+            fields, parts = copy.files.read(ask)
+            items.append(fields)
+            payload.extend(parts)
+            size += sum(map(len, parts))
+            head += 400 + len(fields.get("line", "")) + len(str(fields.get("xattrs", "")))
+        raw = b"".join(payload)
+        codec, data = compress(copy.codec, raw, self.home.settings.level)
+        return {"items": items, "codec": codec, "size": len(raw)}, data
+
+    def _close(self) -> dict[str, Any]:
+        failure = self._end(wait=True)
+        return {"problem": f"--after {failure}" if failure else ""}
+
+
+class Node:
+    """The node's main loop: it alone uses the socket; each copy runs in its session's thread."""
+
+    def __init__(self, settings: NodeSettings, wire: Wire, base: str, say: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.wire = wire
+        self.say = say
+        bind = re.sub(r"[^A-Za-z0-9.]", "-", settings.bind.replace("*", "any"))
+        self.state = os.path.join(settings.state or find_state_folder(), f"node-{bind}-{settings.port}")
+        self.identity = load_identity(self.state)
+        self._lock = self._lock_state()
+        self.instance = os.urandom(8).hex()  # tells this process from a clone of the machine
+        host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
+        self.listener = Listener(wire, [f"tcp://{host}:{settings.port}"])
+        spool = Spool(os.path.join(self.state, "spool"))
+        self.home = Home(settings, wire, self.listener, spool, base, say)
+        self._sessions: dict[bytes, Session] = {}
+        self._refused: set[str] = set()  # addresses, to say it once
+
+    def _lock_state(self) -> int:
+        try:
+            return lock_file(os.path.join(self.state, "lock"), shared=False)
+        except BlockingIOError:
+            raise BackupError(f"another node runs with the same --bind, --port and --state ({self.state})") from None
+
+    def serve(self) -> None:
+        """Answer servers until the process is to stop; raises Interrupted then."""
+        while True:
+            try:
+                request = self.listener.receive(SLICE)
+                if request:
+                    self._take(request)
+            except ProtocolError as error:
+                self.say(f"a peer {error}")
+            self._look_after_sessions()
+
+    def close(self) -> None:
+        """End all sessions; gives them half a second."""
+        for session in self._sessions.values():
+            session.questions.put(None)
+        for session in self._sessions.values():
+            session.close(0.5 / len(self._sessions))
+        os.close(self._lock)
+
+    def _take(self, request: Request) -> None:
+        refusal = self._refuse(request)
+        kind = request.message.kind
+        if refusal:
+            self.listener.answer(request, ERROR, {"code": "refused", "message": refusal})
+        elif kind == HELLO:
+            self.listener.answer(request, HELLO, self._hello())
+        else:
+            self._pass_to_session(request)
+
+    def _refuse(self, request: Request) -> str:
+        if self.settings.insecure or is_loopback(request.address):
+            return ""
+        if request.address not in self._refused and len(self._refused) < 1000:
+            self._refused.add(request.address)
+            self.say(f"refused {show(request.address)}: without --insecure this node answers only its own machine")
+        return (
+            "the node answers only its own machine; start it with --insecure if all on this network may read its files"
+        )
+
+    def _hello(self) -> dict[str, Any]:
+        return {
+            "protocol": PROTOCOL,
+            "program": VERSION,
+            "identity": self.identity,
+            "instance": self.instance,
+            "name": self.settings.name,
+            "codecs": list_codecs(),
+            "roots": list(self.settings.files),
+        }
+
+    def _pass_to_session(self, request: Request) -> None:
+        session = self._sessions.get(request.peer)
+        if session is None or session.ended:
+            if request.message.kind != OPEN:
+                self.listener.answer(request, ERROR, {"code": "closed", "message": "no copy is open"})
+                return
+            if len(self._sessions) >= self.settings.sessions:
+                sentence = f"the node serves {len(self._sessions)} servers already, see its --sessions"
+                self.listener.answer(request, ERROR, {"code": "busy", "message": sentence})
+                return
+            session = self._sessions[request.peer] = Session(self.home, request.peer)
+        if session.questions.qsize() >= QUEUE_LIMIT:
+            self.listener.answer(
+                request, ERROR, {"code": "flood", "message": "more questions than are allowed at once"}
+            )
+            return
+        session.questions.put(request.message)
+
+    def _look_after_sessions(self) -> None:
+        now = self.wire.clock.monotonic()
+        for peer, session in list(self._sessions.items()):
+            if session.ended:
+                del self._sessions[peer]
+            elif session.number and now - session.sign >= self.settings.working_every:
+                session.sign = now
+                self.listener.send([peer, *encode_message(WORKING, session.number, {})])
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether a peer's address is of the machine itself."""
+    import ipaddress
+
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback
+
+
+# ==== 10. SWEEP: probe, pull, schedule ====
+
+SILENT = "silent"  # no answer of any kind
+STRANGER = "no node"  # the machine is there, a node is not
+REFUSES = "refuses"  # a node that will not serve us, or speaks another protocol
+NODE = "node"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one address answered to HELLO."""
+
+    address: Address
+    state: str
+    hello: Hello | None = None
+    detail: str = ""
+
+
+def probe(wire: Wire, addresses: Sequence[Address], settings: ServerSettings) -> list[Probe]:
+    """Ask all addresses at once, within the limit of hellos in flight; in the order given."""
+    found: list[Probe] = []
+    for start in range(0, len(addresses), settings.hellos_at_once):
+        found += _probe_group(wire, addresses[start : start + settings.hellos_at_once], settings.timeout)
+    return found
+
+
+def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float) -> list[Probe]:
+    zmq = wire.zmq
+    poller = zmq.Poller()
+    peers: dict[Address, Peer] = {}
+    results: dict[Address, Probe] = {}
+    owners: dict[object, Address] = {}
+    try:
+        for address in addresses:
+            peer = peers[address] = Peer(wire, address, timeout)
+            peer.ask(HELLO, say_hello(), lambda message: None)
+            for socket in (peer.socket, peer.monitor):
+                poller.register(socket, zmq.POLLIN)
+                owners[socket] = address
+        end = wire.clock.monotonic() + timeout
+        while len(results) < len(peers) and wire.clock.monotonic() < end:
+            left = max(1, int((end - wire.clock.monotonic()) * 1000))
+            for socket, _ in poller.poll(min(SLICE, left)):
+                address = owners[socket]
+                result = _read_hello(peers[address])
+                if result and address not in results:
+                    results[address] = result
+            wire.check()
+        return [results.get(address) or _judge_silence(peers[address]) for address in addresses]
+    finally:
+        for peer in peers.values():
+            peer.close()
+
+
+def _read_hello(peer: Peer) -> Probe | None:
+    """Return what a peer said, if that decides what it is."""
+    try:
+        message = peer.receive(0)
+        if message is None:
+            return _judge_silence(peer) if {REFUSED, FAILED, LOST} & set(peer.events) else None
+        return Probe(peer.address, NODE, decode_hello(message))
+    except NodeError as error:
+        return Probe(peer.address, REFUSES if error.code == "refused" else STRANGER, None, str(error))
+    except FormatError as error:
+        return Probe(peer.address, STRANGER, None, f"answered what is no HELLO: {error}")
+
+
+def _judge_silence(peer: Peer) -> Probe:
+    peer.read_events()
+    if READY in peer.events:
+        return Probe(peer.address, STRANGER, None, "a ZeroMQ service that is no node")
+    if CONNECTED in peer.events:
+        return Probe(peer.address, STRANGER, None, f"port {peer.address.port} is another service")
+    if REFUSED in peer.events:
+        return Probe(peer.address, STRANGER, None, f"nothing listens at port {peer.address.port}")
+    return Probe(peer.address, SILENT)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One node to be pulled, and where it belongs."""
+
+    hello: Hello
+    addresses: tuple[Address, ...]  # all that it answered at; the first one is used
+    folder: str
+    note: str = ""
+
+
+def plan_targets(probes: Sequence[Probe], known: Sequence[Known]) -> tuple[list[Target], list[Probe]]:
+    """Return the nodes found, each once, and the probes of clones that must not be mixed up."""
+    groups: dict[str, list[Probe]] = {}
+    clones = []
+    for found in probes:
+        if found.hello:
+            group = groups.setdefault(found.hello.identity, [])
+            if group and group[0].hello and group[0].hello.instance != found.hello.instance:
+                first = group[0].address
+                detail = f"has the identity of the node at {first}, as a cloned machine does: remove its identity file"
+                clones.append(replace(found, state=REFUSES, detail=detail))
+            else:
+                group.append(found)
+    folders = {node.identity: node.folder for node in known}
+    taken = {node.folder for node in known}
+    targets = []
+    for identity, group in groups.items():
+        if group[0].hello:
+            addresses = tuple(found.address for found in group)
+            targets.append(_plan_target(group[0].hello, addresses, folders.get(identity, ""), taken))
+    return targets, clones
+
+
+def _plan_target(hello: Hello, addresses: tuple[Address, ...], folder: str, taken: set[str]) -> Target:
+    note = ""
+    if not folder:
+        folder = name_folder(addresses[0])
+        if folder in taken:
+            note = f"{addresses[0]} is another node than the one whose copies are in {folder}"
+            folder = f"{folder}-{hello.identity[:8]}"
+            note += f"; its copies go to {folder}"
+        taken.add(folder)
+    return Target(hello, addresses, folder, note)
+
+
+# ---- pull ----
+
+
+class Base:
+    """The last snapshot beside the new listing: two sorted streams, merged."""
+
+    def __init__(self, entries: Iterator[Entry]) -> None:
+        self.deleted = 0  # entries that the listing no longer has
+        self._entries = entries
+        self._next = next(entries, None)
+        self._last = b""  # the last line of the listing
+        self._last_key = b""  # its sort key, where it has been looked at
+
+    def _advance(self) -> None:
+        self._next = next(self._entries, None)
+
+    def match(self, line: bytes) -> tuple[Entry | None, Stat | None]:
+        """Return the last snapshot's entry for the path of the listing's next line.
+
+        With it comes the line's Stat where the line is not what it was.  Raises ProtocolError
+        unless the lines come sorted and well formed.
+        """
+        found = self._next
+        if found and found.line == line:  # what most lines are: no need to look inside
+            self._advance()
+            self._last, self._last_key = line, b""
+            return found, None
+        try:
+            stat = decode_stat(line)
+            last = self._last_key or (path_key(decode_stat(self._last).path) if self._last else b"")
+        except FormatError as error:
+            raise ProtocolError(f"listed {error}") from None
+        key = path_key(stat.path)
+        if key <= last:
+            raise ProtocolError("listed its files out of order")
+        self._last, self._last_key = line, key
+        while self._next and self._next.key < key:
+            self.deleted += 1
+            self._advance()
+        found = self._next if self._next and self._next.key == key else None
+        if found:
+            self._advance()
+        return found, stat
+
+    def finish(self) -> None:
+        """Count what the listing has not reached."""
+        while self._next:
+            self.deleted += 1
+            self._advance()
+
+
+class Slot:
+    """One entry on its way into the snapshot; they leave in the order of the listing."""
+
+    def __init__(self, line: bytes, old: Entry | None, stat: Stat | None) -> None:
+        self.line = line
+        self.old = old
+        self._stat = stat
+        self.entry: Entry | None = None
+        self.gone = False
+        self.again = False  # it changed while it was read: read it on its own
+
+    @property
+    def stat(self) -> Stat:
+        if self._stat is None:
+            self._stat = decode_stat(self.line)
+        return self._stat
+
+    def move(self, line: bytes) -> None:
+        """Take the node's newer word on the file."""
+        stat = decode_stat(line)
+        if stat.path != self.stat.path or stat.kind != "file":
+            raise FormatError("the answer to READ is about another file")
+        self.line, self._stat = line, stat
+
+    @property
+    def done(self) -> bool:
+        return self.gone or self.entry is not None
+
+    def finish(self, content: Content) -> None:
+        self.entry = Entry(self.line, encode_content(content))
+
+
+@dataclass(frozen=True)
+class Want:
+    """One item of a READ question, kept until its answer comes."""
+
+    slot: Slot
+    chunk: int
+    base: bytes | None  # digest of the chunk that the node may answer against
+    pages: bytes  # and its page hashes
+
+
+@dataclass(frozen=True)
+class Got:
+    """One item of a READ answer, checked and stored."""
+
+    status: str
+    fields: Fields
+    chunk: bytes | int = 0  # digest, or a number of chunks of zeros
+    length: int = 0
+
+
+class Receiver:
+    """Takes the answers to READ apart, checks every digest and puts what is new into the pack (I5)."""
+
+    def __init__(self, reader: Reader, writer: PackWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._pieces: list[Piece] = []
+        self._patches: list[tuple[bytes, list[Run], bytes | None]] = []
+
+    def pages(self, digest: bytes | None) -> bytes:
+        """Return the page hashes of a chunk to compare with; b"" where the store cannot tell."""
+        try:
+            return self.reader.pages(digest) if digest else b""
+        except (StoreError, FormatError):
+            return b""  # then it is sent whole, which mends the damage
+
+    def take(self, message: Message, wants: Sequence[Want]) -> list[Got]:
+        """Return what each item of an answer says; all of its bytes are in the pack then."""
+        codec = message.fields.integer("codec", high=255)
+        size = message.fields.integer("size", high=BODY_LIMIT)
+        raw = memoryview(decompress(codec, message.body, size))
+        items = message.fields.items("items", READ_LIMIT)
+        if len(items) != len(wants):
+            raise ProtocolError(f"answered {len(items)} of {len(wants)} files")
+        self._pieces, self._patches = [], []
+        found = []
+        for item, want in zip(items, wants):
+            got, raw = self._take_item(Fields.inside(item, "an answer to READ"), want, raw)
+            found.append(got)
+        if raw:
+            raise ProtocolError("sent more bytes than its answer names")
+        self.writer.put_frame(codec, message.body, self._pieces)
+        for digest, runs, whole in self._patches:
+            if whole is None:
+                self.writer.put_patch(digest, runs)
+            else:
+                self.writer.put_chunk(whole)
+        return found
+
+    def _take_item(self, item: Fields, want: Want, raw: memoryview) -> tuple[Got, memoryview]:
+        status = item.text("status", limit=20)
+        if status == "zeros":
+            return Got(status, item, item.integer("count", low=1, high=1 << 43)), raw
+        if status not in ("same", "whole", "patch"):
+            return Got(status, item), raw
+        length, digest = item.integer("length", low=1, high=CHUNK), item.digest("digest")
+        if status == "same":
+            if (
+                want.base is None
+                or digest != want.base
+                or length != sum(run.length for run in self.reader.runs(want.base))
+            ):
+                raise ProtocolError("called a chunk the same that is another")
+        elif status == "whole":
+            self._pieces.append(self._piece(raw[:length], digest))
+            raw = raw[length:]
+        else:
+            raw = self._take_patch(item, want, raw)
+        return Got(status, item, digest, length), raw
+
+    @staticmethod
+    def _piece(data: memoryview, digest: bytes | None = None) -> Piece:
+        pages = hash_pages(data)
+        found = digest_pages(pages)
+        if digest not in (None, found):
+            raise ProtocolError("sent bytes that do not have the digest it names")
+        return Piece(found, pages, data)
+
+    def _take_patch(self, item: Fields, want: Want, raw: memoryview) -> memoryview:
+        length, digest = item.integer("length", low=1, high=CHUNK), item.digest("digest")
+        if want.base is None:
+            raise ProtocolError("sent a patch for a chunk that we did not have")
+        changed = self._decode_runs(item, length)
+        size = sum(end - start for start, end in changed)
+        piece = self._piece(raw[:size])
+        pages = self._patch_pages(want.pages, changed, piece.pages, length)
+        if len(piece.data) != size or digest_pages(pages) != digest:
+            raise ProtocolError("sent a patch that does not give the digest it names")
+        runs = patch_runs(self.reader.runs(want.base), changed, piece.digest, length)
+        self._pieces.append(piece)
+        whole = None
+        if needs_whole(runs, length):
+            whole = patch_data(self.reader.get(want.base), changed, piece.data, length)
+        self._patches.append((digest, runs, whole))
+        return raw[size:]
+
+    @staticmethod
+    def _decode_runs(item: Fields, length: int) -> list[tuple[int, int]]:
+        """Return start and end, in bytes, of each changed stretch; sorted and apart."""
+        ranges = []
+        end = 0
+        for run in item.items("runs", CHUNK // PAGE):
+            if type(run) is not list or len(run) != 2 or any(type(n) is not int or n < 0 for n in run):
+                item.wrong("runs")
+            start = run[0] * PAGE
+            if start < end or run[1] < 1 or start >= length:
+                item.wrong("runs")
+            end = min(start + run[1] * PAGE, length)
+            ranges.append((start, end))
+        return ranges
+
+    @staticmethod
+    def _patch_pages(base: bytes, changed: Sequence[tuple[int, int]], new: bytes, length: int) -> bytes:
+        pages = bytearray(base[: count_pages(length) * PAGE_HASH].ljust(count_pages(length) * PAGE_HASH, b"\0"))
+        at = 0
+        for start, end in changed:
+            first, last = start // PAGE * PAGE_HASH, count_pages(end) * PAGE_HASH
+            pages[first:last] = new[at : at + last - first]
+            at += last - first
+        return bytes(pages)
+
+
+def patch_runs(base: Sequence[Run], changed: Sequence[tuple[int, int]], piece: bytes, length: int) -> list[Run]:
+    """Return the runs of a chunk of `length` bytes: those of its base, but for the changed stretches.
+
+    The changed bytes stand joined in the chunk `piece`.  The result names whole chunks only, so
+    that reading never follows a chain of patches.
+    """
+    runs: list[Run] = []
+    at = taken = 0
+    for start, end in [*changed, (length, length)]:
+        runs += slice_runs(base, at, start)
+        if end > start:
+            runs.append(Run(piece, taken, end - start))
+        taken += end - start
+        at = end
+    return runs
+
+
+def slice_runs(runs: Sequence[Run], start: int, end: int) -> list[Run]:
+    """Return the runs of bytes `start` to `end` of what `runs` give."""
+    found, at = [], 0
+    for run in runs:
+        low, high = max(start, at), min(end, at + run.length)
+        if low < high:
+            found.append(Run(run.source, run.offset + low - at, high - low))
+        at += run.length
+    return found
+
+
+def needs_whole(runs: Sequence[Run], length: int) -> bool:
+    """Tell whether a patch has become so scattered that the chunk is better written whole."""
+    sizes: dict[bytes, int] = {}
+    for run in runs:
+        sizes[run.source] = sizes.get(run.source, 0) + run.length
+    return len(sizes) > MOST_SOURCES or max(sizes.values()) * 2 < length
+
+
+def patch_data(base: bytes, changed: Sequence[tuple[int, int]], new: bytes | memoryview, length: int) -> bytes:
+    """Return the bytes of a patched chunk."""
+    data = bytearray(base[:length].ljust(length, b"\0"))
+    at = 0
+    for start, end in changed:
+        data[start:end] = new[at : at + end - start]
+        at += end - start
+    return bytes(data)
+
+
+class Tally:
+    """Counts what a pull does; each field is one of Totals."""
+
+    def __init__(self) -> None:
+        self.counts = dict.fromkeys(vars(Totals()), 0)
+        self.problems: list[Problem] = []
+        self.grades: set[str] = set()
+
+    def add(self, name: str, count: int = 1) -> None:
+        """Count something."""
+        self.counts[name] += count
+
+    def fail(self, path: bytes | str, message: str) -> None:
+        """Note a file that is not in the snapshot as it should be."""
+        self.counts["failed"] += 1
+        self.grades.add("partial")
+        self.note(path, message)
+
+    def note(self, path: bytes | str, message: str) -> None:
+        """Note what the user should know of a path."""
+        if len(self.problems) < PROBLEMS_KEPT:
+            self.problems.append(Problem(show(path), show(message)))
+
+    def put(self, entry: Entry) -> None:
+        """Count an entry of the snapshot."""
+        kind = re.search(rb'","kind":"(\w+)"', entry.line)
+        name = kind.group(1) if kind else b""
+        if name == b"file":
+            size = re.match(rb'\{"size":(\d+)', entry.read)
+            self.counts["size"] += int(size.group(1)) if size else 0
+            grade = re.search(rb'"grade":"(\w+)"', entry.read)
+            self.grades.add(grade.group(1).decode() if grade else "")
+        self.counts[{b"file": "files", b"directory": "folders"}.get(name, "others")] += 1
+
+
+class Intake:
+    """The way from one node's answers into the pack and the blocks of a snapshot."""
+
+    def __init__(self, peer: Peer, reader: Reader, writer: PackWriter, settings: ServerSettings) -> None:
+        self.peer = peer
+        self.reader = reader
+        self.writer = writer
+        self.settings = settings
+        self.tally = Tally()
+        self.blocks = BlockWriter(writer)
+        self.receiver = Receiver(reader, writer)
+        self.on_seal: Callable[[Progress], None] = lambda progress: None
+        self.current: Callable[[], Entry | None] = lambda: None  # the file being read, as far as it is
+        reader.open_pack = writer
+
+    def step(self) -> None:
+        """Wait for the next answer."""
+        self.peer.step(self.settings.answer_timeout, self.settings.freeze_timeout)
+
+    def call(self, kind: str, fields: Mapping[str, Any]) -> Message:
+        """Return the answer to one question."""
+        answers: list[Message] = []
+        self.peer.ask(kind, fields, answers.append)
+        while not answers:
+            self.step()
+        return answers[0]
+
+    def ask(self, wants: Sequence[Want], cost: int, on_got: Callable[[list[Got]], None]) -> None:
+        """Send a READ as soon as the window has room; `on_got` gets what came, checked and stored."""
+        while not self.peer.has_room(cost, self.settings.window):
+            self.step()
+        files = []
+        for want in wants:
+            fields = {"path": encode_path(want.slot.stat.path), "chunk": want.chunk, "state": want.slot.stat.state}
+            files.append({**fields, "pages": len(want.pages) // PAGE_HASH} if want.pages else fields)
+
+        def on_answer(message: Message) -> None:
+            try:
+                on_got(self.receiver.take(message, wants))
+            except FormatError as error:
+                raise ProtocolError(f"sent what does not decode: {error}") from None
+
+        self.peer.ask(READ, {"files": files}, on_answer, b"".join(want.pages for want in wants), cost)
+
+    def describe(self, slot: Slot, got: Got) -> Content:
+        """Return what the answer about chunk 0 says of the whole file, without its chunks."""
+        line = got.fields.text("line", "", CHUNK)
+        if line:
+            slot.move(line.encode("ascii", "replace"))
+        grade = got.fields.text("grade")
+        xattrs = Fields.inside(got.fields.values.get("xattrs", {}), "extended attributes")
+        return Content(
+            size=got.fields.integer("size"),
+            grade="frozen" if grade == "frozen" else "stable",
+            xattrs={name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values},
+        )
+
+    def fail(self, slot: Slot, got: Got) -> None:
+        """Note that a file was deleted after it was listed, which is its right, or cannot be read."""
+        if got.status == "gone":
+            slot.gone = True
+            return
+        reason = got.fields.text("error", "cannot be read")
+        self.tally.fail(slot.stat.path, reason)
+        slot.finish(Content(error=reason))
+
+    def put(self, entry: Entry) -> None:
+        """Add the next entry of the snapshot."""
+        self.tally.put(entry)
+        self.blocks.put(entry)
+        self.seal_if_full()
+
+    def seal_if_full(self) -> None:
+        """Seal a pack that has its size."""
+        if self.writer.size >= self.settings.pack_size or self.writer.count >= self.settings.pack_chunks:
+            self.seal()
+
+    def seal(self) -> None:
+        """Make what has arrived durable, and remember how far it goes."""
+        progress = Progress(tuple(self.blocks.blocks), tuple(self.blocks.tail), self.current())
+        self.writer.seal()
+        self.on_seal(progress)
+
+
+class Reading:
+    """One reading of one file, from its first chunk to its last."""
+
+    def __init__(self, intake: Intake, slot: Slot, tables: Sequence[ChunkTable], last: bool) -> None:
+        self.intake = intake
+        self.slot = slot
+        self.tables = tables  # what may be compared with, the best first
+        self.last = last  # the last try: read on although it changes
+        self.chunks = ListWriter(intake.writer)
+        self.steady = True
+        self.note = ""  # of the node
+        self._content: Content | None = None
+        self._owed = 0
+        self._over = False  # nothing more is to be asked for
+        self._short = False  # it ended before its size said so
+        self._bytes = 0  # up to the end of the last chunk
+
+    def run(self) -> Content | None:
+        """Read; returns the content, or None where there is none or the file changed."""
+        self.intake.current = self._current
+        self._ask(0)
+        self._wait()
+        number = 1
+        while self._content and not self._over and number < self._total:
+            self._ask(number)
+            number = max(number + 1, self.chunks.count)
+        self._wait()
+        self.intake.current = lambda: None
+        if self._content is None or self.slot.done or not (self.steady or self.last):
+            return None
+        return self._describe()
+
+    @property
+    def _total(self) -> int:
+        return -(-self._content.size // CHUNK) if self._content else 0
+
+    def _describe(self) -> Content:
+        whole = self._content or NOTHING
+        size = whole.size if self.chunks.count == self._total and not self._short else self._bytes
+        found = self.chunks.content(size, whole.grade)
+        return replace(found, xattrs=whole.xattrs)
+
+    def _ask(self, number: int) -> None:
+        base, pages = None, b""
+        for table in self.tables:
+            base = table.get(number)
+            pages = self.intake.receiver.pages(base)
+            if pages:
+                break
+        want = Want(self.slot, number, base if pages else None, pages)
+        self._owed += 1
+        self.intake.ask([want], CHUNK, lambda found: self._take(number, found[0]))
+
+    def _wait(self) -> None:
+        while self._owed:
+            self.intake.step()
+
+    def _take(self, number: int, got: Got) -> None:
+        self._owed -= 1
+        if self._over or number < self.chunks.count:
+            return  # in a hole that an earlier answer told of
+        if got.status in ("gone", "error"):
+            self.intake.fail(self.slot, got)
+            self._over = True
+        elif got.status in ("lost", "later"):
+            self._over, self.steady = True, False
+        else:
+            self._put(number, got)
+
+    def _put(self, number: int, got: Got) -> None:
+        if number == 0:
+            self._content = self.intake.describe(self.slot, got)
+            self.note = got.fields.text("note", "")
+        if got.fields.integers("state", 6) != self.slot.stat.state:
+            self.steady = False
+            self._over = not self.last
+        if got.status == "end":
+            self._over = self._short = True
+        elif isinstance(got.chunk, int):
+            self.chunks.put_zeros(min(got.chunk, self._total - number))
+            self._bytes = self.chunks.count * CHUNK
+        else:
+            self.chunks.put(got.chunk)
+            self._bytes += got.length
+            if got.length < CHUNK:
+                self._over = True
+                self._short = number + 1 < self._total
+        self.intake.seal_if_full()
+
+    def _current(self) -> Entry:
+        return Entry(self.slot.line, encode_content(self.chunks.content(self.chunks.count * CHUNK, "")))
+
+
+class Pull:
+    """One copy of one node, from OPEN to the blocks of its snapshot."""
+
+    def __init__(self, intake: Intake, resumed: Entry | None) -> None:
+        self.intake = intake
+        self.resumed = resumed  # the file in the middle of which the last pull was cut off
+        self.links = LinkTable()
+        self._base = Base(iter(()))
+        self._slots: deque[Slot] = deque()
+        self._batch: list[Want] = []
+        self._batch_size = self._batch_head = 0
+        self._linked: set[tuple[int, int]] = set()  # files with several names that are on their way
+
+    def open(self) -> tuple[str, ...]:
+        """Make the node open a copy; returns its roots."""
+        answer = self.intake.call(OPEN, {"codecs": list_codecs()}).fields
+        for path in answer.texts("missing"):
+            self.intake.tally.fail(path, "does not exist on the node")
+        return tuple(show(root) for root in answer.texts("roots", 1 << 16))
+
+    def close(self) -> None:
+        """Let the node end the copy; what --after says is noted."""
+        problem = self.intake.call(CLOSE, {}).fields.text("problem", "")
+        if problem:
+            self.intake.tally.note("", problem)
+
+    def run(self, base: Base) -> tuple[bytes, ...]:
+        """Pull all that the node lists; returns the blocks of the snapshot."""
+        self._base = base
+        for line in self._list():
+            slot = self._decide(line)
+            self._slots.append(slot)
+            if not slot.done:
+                self._want(slot)
+            elif len(self._slots) > 2000:
+                self._send_batch()  # so that what waits behind it does not pile up
+            self._emit()
+        self._finish_slots()
+        base.finish()
+        self.intake.tally.add("deleted", base.deleted)
+        return self.intake.blocks.close()
+
+    def _list(self) -> Iterator[bytes]:
+        """Yield the node's lines; the next batch is always asked for already."""
+        answers: deque[Message] = deque()
+        more = True
+        self.intake.peer.ask(LIST, {}, answers.append)
+        while more:
+            while not answers:
+                self.intake.step()
+            fields, body = answers[0].fields, answers.popleft().body
+            more = fields.flag("more")
+            if more:
+                self.intake.peer.ask(LIST, {}, answers.append)
+            size = fields.integer("size", high=BODY_LIMIT)
+            raw = decompress(fields.integer("codec", high=255), body, size)
+            yield from raw.split(b"\n") if raw else ()
+
+    def _decide(self, line: bytes) -> Slot:
+        """Return the slot of a line: done where nothing is to be read."""
+        old, stat = self._base.match(line)
+        slot = Slot(line, old, stat)
+        if old and old.line == line and self._is_unchanged(old):
+            slot.entry = old
+        elif slot.stat.error:
+            self.intake.tally.fail(slot.stat.path, slot.stat.error)
+            slot.finish(Content(error=slot.stat.error) if slot.stat.kind == "file" else NOTHING)
+        elif slot.stat.kind != "file":
+            slot.finish(NOTHING)
+        elif slot.stat.link_key:
+            self._decide_link(slot, slot.stat.link_key)
+        return slot
+
+    def _is_unchanged(self, old: Entry) -> bool:
+        """Tell whether equal lines prove equal content; errs towards reading again."""
+        if b'"error"' in old.line or b'"fresh"' in old.line or b'"torn"' in old.read or b'"error"' in old.read:
+            return False
+        return not self.intake.settings.checksum or b'","kind":"file"' not in old.line
+
+    def _decide_link(self, slot: Slot, key: tuple[int, int]) -> None:
+        """Take the content of the file's other name, where that has been read in this pull."""
+        if key in self._linked:
+            self._finish_slots()
+        known = self.links.get(key)
+        if known is not None:
+            line, _, read = known.partition(b"\t")
+            if decode_stat(line).state == slot.stat.state:
+                slot.entry = Entry(slot.line, read)
+                return
+        self._linked.add(key)
+
+    def _want(self, slot: Slot) -> None:
+        if slot.stat.size > CHUNK:
+            self._finish_slots(but_last=True)
+            self._read_file(slot)
+            return
+        base = ChunkTable(self.intake.reader, slot.old.content).get(0) if slot.old else None
+        pages = self.intake.receiver.pages(base)
+        full = self._batch_size + slot.stat.size > CHUNK or len(self._batch) >= READ_LIMIT
+        if full or self._batch_head > CHUNK // 2:
+            self._send_batch()
+        self._batch.append(Want(slot, 0, base if pages else None, pages))
+        self._batch_size += slot.stat.size
+        self._batch_head += 200 + 6 * len(slot.stat.path)
+
+    def _send_batch(self) -> None:
+        if self._batch:
+            wants, cost = self._batch, self._batch_size
+            self._batch, self._batch_size, self._batch_head = [], 0, 0
+            self.intake.ask(wants, cost, lambda found: self._take_batch(wants, found))
+
+    def _take_batch(self, wants: Sequence[Want], found: Sequence[Got]) -> None:
+        for want, got in zip(wants, found):
+            slot = want.slot
+            if got.status in ("gone", "error"):
+                self.intake.fail(slot, got)
+            elif got.status in ("later", "lost"):
+                slot.again = True
+            else:
+                content = self.intake.describe(slot, got)
+                whole = content.size in (
+                    got.length,
+                    0 if got.status == "end" else content.size if got.chunk == 1 else -1,
+                )
+                slot.again = not whole or got.fields.integers("state", 6) != slot.stat.state
+                if not slot.again:
+                    chunks = (got.chunk,) if content.size else ()
+                    self._finish(slot, replace(content, chunks=chunks), got.fields.text("note", ""))
+
+    def _finish(self, slot: Slot, content: Content, note: str) -> None:
+        if note:
+            content = replace(content, grade="torn")
+            self.intake.tally.note(slot.stat.path, note)
+        if content.grade == "torn":
+            self.intake.tally.add("torn")
+        slot.finish(content)
+        self.intake.tally.add("changed")
+        key = slot.stat.link_key
+        if key and slot.entry:
+            self.links.put(key, slot.line + b"\t" + slot.entry.read)
+
+    def _emit(self) -> None:
+        """Pass on the entries that are done, in order."""
+        while self._slots:
+            slot = self._slots[0]
+            if slot.again:
+                slot.again = False
+                self._read_file(slot)
+            if not slot.done:
+                return
+            self._slots.popleft()
+            if self._linked:
+                self._linked.discard(slot.stat.link_key or (0, 0))
+            if slot.entry:
+                self.intake.put(slot.entry)
+
+    def _finish_slots(self, but_last: bool = False) -> None:
+        """Wait until all slots are done and passed on."""
+        self._send_batch()
+        self._emit()
+        while len(self._slots) > but_last:
+            self.intake.step()
+            self._emit()
+
+    def _read_file(self, slot: Slot) -> None:
+        """Read one file chunk by chunk, again where it changes meanwhile (I8)."""
+        reader, settings = self.intake.reader, self.intake.settings
+        old = [slot.old.content] if slot.old else []
+        if self.resumed and self.resumed.stat.path == slot.stat.path:
+            old.insert(0, self.resumed.content)
+        tables = [ChunkTable(reader, content) for content in old]
+        for number in range(1, settings.tries + 1):
+            reading = Reading(self.intake, slot, tables, last=number == settings.tries)
+            content = reading.run()
+            if slot.done:
+                return
+            if content:
+                if not reading.steady:
+                    content = replace(content, grade="torn")
+                    self.intake.tally.note(slot.stat.path, f"was changing all the time; read {number} times")
+                self._finish(slot, content, reading.note)
+                return
+            tables = [ChunkTable(reader, reading.chunks.content(0, "")), *tables[: len(old)]]
+            self.intake.peer.wire.stop.wait(settings.pause * 2 ** (number - 1))
+        self.intake.fail(slot, Got("error", Fields('{"error": "changed too often to be read to its end"}', "a file")))
+
+
+# ---- sweep ----
+
+
+def name_time(moment: int) -> str:
+    """Return a moment (ns) as snapshots are named: UTC, no character that a filesystem minds."""
+    import datetime
+
+    return datetime.datetime.fromtimestamp(moment // 10**9, datetime.timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What became of one address or node in one sweep."""
+
+    address: str
+    state: str  # SILENT, STRANGER, REFUSES or NODE
+    addresses: tuple[str, ...] = ()  # all that the node answered at
+    folder: str = ""
+    snapshot: Snapshot | None = None
+    problems: tuple[Problem, ...] = ()  # beyond those of the snapshot
+    error: str = ""  # why there is no snapshot, or only a part of one
+    exit_code: int = 0
+    missing: int = 0  # ns since it was seen last, for a known node that is silent
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What became of all addresses in one sweep."""
+
+    started: int  # ns
+    finished: int
+    nodes: tuple[NodeReport, ...]
+    problems: tuple[str, ...] = ()  # of the store
+
+    @property
+    def exit_code(self) -> int:
+        """The worst that happened, in the order 130, 4, 1, 3, 5, 0."""
+        codes = {node.exit_code for node in self.nodes} | ({StoreError.exit_code} if self.problems else set())
+        for code in (Interrupted.exit_code, StoreError.exit_code, BackupError.exit_code, MISSING):
+            if code in codes:
+                return code
+        return 0 if any(node.state == NODE for node in self.nodes) else NOBODY
+
+
+MISSING = 3  # exit code: a known node is away for longer than --stale
+NOBODY = 5  # exit code: no node answered
+
+AfterPull = Callable[[NodeFolder, Reader, Snapshot], Sequence[Problem]]
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a sweep tells while it runs, from the thread that called it."""
+
+    report: Callable[[NodeReport], None]
+    tick: Callable[[], None]  # some times a second
+
+
+class Copier:
+    """Copies one node into its folder: base, pull, snapshot."""
+
+    def __init__(self, store: Store, wire: Wire, settings: ServerSettings, after: AfterPull) -> None:
+        self.store = store
+        self.wire = wire
+        self.settings = settings
+        self.after = after
+        self.intakes: dict[str, Intake] = {}  # by folder, for whoever shows the progress
+
+    def run(self, target: Target) -> NodeReport:
+        """Copy a node; whatever goes wrong with it ends here."""
+        report = NodeReport(str(target.addresses[0]), NODE, tuple(map(str, target.addresses)), target.folder)
+        try:
+            folder = self.store.node(target.folder)
+            folder.make()
+            lock = folder.lock()
+            try:
+                return self._copy(target, folder, report)
+            finally:
+                os.close(lock)
+        except BackupError as error:
+            return replace(report, error=str(error), exit_code=error.exit_code)
+        except OSError as error:
+            sentence = f"the store cannot be used: {explain(error)}"
+            return replace(report, error=sentence, exit_code=StoreError.exit_code)
+
+    def _copy(self, target: Target, folder: NodeFolder, report: NodeReport) -> NodeReport:
+        self._save_known(target, folder)
+        snapshots, damaged = folder.list_snapshots()
+        reader = self.store.reader()
+        writer = PackWriter(self.store.packs, self.store.index, ZSTD if load_zstd() else ZLIB, self.settings.level)
+        peer = Peer(self.wire, target.addresses[0], self.settings.answer_timeout)
+        try:
+            intake = self.intakes[target.folder] = Intake(peer, reader, writer, self.settings)
+            for sentence in damaged:
+                intake.tally.note("", sentence)
+            start = Snapshot(
+                name=name_time(self.wire.clock.now()),
+                folder=folder.name,
+                sequence=1 + max((snapshot.sequence for snapshot in snapshots), default=0),
+                started=self.wire.clock.now(),
+                finished=0,
+                grade="partial",
+                address=str(target.addresses[0]),
+                identity=target.hello.identity,
+                host=show(target.hello.name),
+            )
+            return self._pull(intake, folder, (start, snapshots), report)
+        finally:
+            self.intakes.pop(target.folder, None)
+            writer.abandon()
+            peer.close()
+            reader.close()
+
+    def _pull(
+        self, intake: Intake, folder: NodeFolder, history: tuple[Snapshot, list[Snapshot]], report: NodeReport
+    ) -> NodeReport:
+        start, snapshots = history
+        progress = folder.load_progress()
+        intake.on_seal = folder.save_progress
+        last = next((snapshot for snapshot in reversed(snapshots) if not snapshot.cut_off), None)
+        base = Base(list_base(intake, progress, last))
+        pull = Pull(intake, progress.current)
+        try:
+            start = replace(start, roots=pull.open())
+            blocks = pull.run(base)
+        except (NodeError, Interrupted) as error:
+            saved = self._save_part(intake, folder, replace(start, cut_off=str(error)))
+            return replace(report, snapshot=saved, error=str(error), exit_code=error.exit_code)
+        intake.writer.seal()
+        saved = self._save(intake, folder, replace(start, blocks=blocks, grade=worst_grade(intake.tally.grades)))
+        folder.drop_progress()
+        try:
+            pull.close()
+        except NodeError as error:
+            intake.tally.note("", f"the copy is complete, but the node did not end it: {error}")
+        problems = [*intake.tally.problems[len(saved.problems) :], *self.after(folder, intake.reader, saved)]
+        failed = not saved.good or bool(problems) or bool(saved.problems)
+        return replace(
+            report, snapshot=saved, problems=tuple(problems), exit_code=BackupError.exit_code if failed else 0
+        )
+
+    def _save(self, intake: Intake, folder: NodeFolder, snapshot: Snapshot) -> Snapshot:
+        counts = {**intake.tally.counts, "sent": intake.peer.received, "added": intake.writer.added}
+        whole = replace(
+            snapshot,
+            finished=self.wire.clock.now(),
+            totals=Totals(**counts),
+            problems=tuple(intake.tally.problems),
+        )
+        return folder.save_snapshot(whole)
+
+    def _save_part(self, intake: Intake, folder: NodeFolder, snapshot: Snapshot) -> Snapshot | None:
+        """Keep what arrived of a pull that was cut off; None where nothing did."""
+        if not intake.tally.counts["changed"] and not intake.writer.size:
+            return None
+        blocks = intake.blocks.close()
+        intake.seal()
+        return self._save(intake, folder, replace(snapshot, blocks=blocks))
+
+    def _save_known(self, target: Target, folder: NodeFolder) -> None:
+        now = self.wire.clock.now()
+        try:
+            first = folder.load_known().first_seen
+        except (OSError, FormatError):
+            first = now
+        name = show(target.hello.name)
+        addresses = tuple(map(str, target.addresses))
+        folder.save_known(Known(folder.name, target.hello.identity, name, addresses, first, now))
+
+
+def list_base(intake: Intake, progress: Progress, last: Snapshot | None) -> Iterator[Entry]:
+    """Yield what a new listing is compared with: what the last pull got to, then the last snapshot.
+
+    Damage ends it: what follows counts as new, is sent again, and so mended.
+    """
+    reached = b""
+    try:
+        for entry in itertools.chain(list_entries(intake.reader, progress.blocks), map(Entry.decode, progress.tail)):
+            reached = entry.key
+            yield entry
+    except (StoreError, FormatError) as error:
+        intake.tally.note("", f"the last pull's progress cannot be used: {error}")
+    try:
+        for entry in list_entries(intake.reader, last.blocks if last else ()):
+            if not reached or entry.key > reached:
+                reached = b""
+                yield entry
+    except (StoreError, FormatError) as error:
+        intake.tally.note("", f"the last snapshot cannot be compared with: {error}")
+
+
+def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> SweepReport:
+    """Probe all addresses, copy every node found, each once; up to `jobs` side by side."""
+    wire, store, settings = copier.wire, copier.store, copier.settings
+    started = wire.clock.now()
+    execute_leftovers(plan_leftovers(store))
+    known = store.list_nodes()
+    probes = probe(wire, addresses, settings)
+    expected = {address for node in known for address in node.addresses}
+    again = [found.address for found in probes if found.state == SILENT and str(found.address) in expected]
+    if again:  # a known node is worth a second question
+        second = {found.address: found for found in probe(wire, again, settings)}
+        probes = [second.get(found.address, found) for found in probes]
+    targets, clones = plan_targets(probes, known)
+    nodes = [report_probe(found) for found in [*(p for p in probes if not p.hello), *clones]]
+    nodes += report_missing(probes, targets, known, (wire.clock.now(), settings.stale))
+    for report in nodes:
+        events.report(report)
+    nodes += copy_all(copier, targets, events)
+    return SweepReport(started, wire.clock.now(), tuple(nodes), tuple(store.problems))
+
+
+def report_probe(found: Probe) -> NodeReport:
+    """Return the report of an address without a node to copy."""
+    failed = found.state == REFUSES
+    return NodeReport(str(found.address), found.state, error=found.detail, exit_code=1 if failed else 0)
+
+
+def report_missing(
+    probes: Sequence[Probe], targets: Sequence[Target], known: Sequence[Known], when: tuple[int, float]
+) -> list[NodeReport]:
+    """Return a report for each known node of these addresses that did not answer; `when` is now and --stale."""
+    now, stale = when
+    swept = {str(found.address) for found in probes}
+    present = {target.folder for target in targets}
+    reports = []
+    for node in known:
+        if node.folder not in present and swept & set(node.addresses):
+            away = now - node.last_seen
+            code = MISSING if away > stale * 1e9 else 0
+            reports.append(
+                NodeReport(node.addresses[0], SILENT, node.addresses, node.folder, missing=away, exit_code=code)
+            )
+    return reports
+
+
+def copy_all(copier: Copier, targets: Sequence[Target], events: Events) -> list[NodeReport]:
+    """Copy the targets in threads; each report is passed on as it is ready."""
+    import queue
+
+    waiting: queue.Queue[Target] = queue.Queue()
+    done: queue.Queue[NodeReport] = queue.Queue()
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while not copier.wire.stop.is_set():
+                done.put(copier.run(waiting.get_nowait()))
+
+    for target in targets:
+        waiting.put(target)
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(copier.settings.jobs, len(targets)))]
+    for thread in threads:
+        thread.start()
+    reports: list[NodeReport] = []
+    while len(reports) < len(targets) and (any(thread.is_alive() for thread in threads) or not done.empty()):
+        events.tick()
+        with contextlib.suppress(queue.Empty):
+            reports.append(done.get(timeout=0.2))
+            events.report(reports[-1])
+    return reports
+
+
+# ==== 11. RESTORE: a snapshot back to files ====
+
+PUBLISH_FILES = 4096  # files written under temporary names before they are synced together
+PUBLISH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class RestoreOptions:
+    """How files are put back."""
+
+    overwrite: bool = False
+    private: bool = False  # as `latest` is: the owner's bits alone, no owners, no xattrs
+    numeric: bool = False  # owners by number, not by name
+
+
+def compare_entries(old: Iterator[Entry], new: Iterator[Entry]) -> Iterator[tuple[Entry | None, Entry | None]]:
+    """Yield the entries of two snapshots side by side, None where one lacks the path."""
+    left, right = next(old, None), next(new, None)
+    while left or right:
+        if left and right and (left.line == right.line or left.key == right.key):
+            yield left, right
+            left, right = next(old, None), next(new, None)
+        elif right is None or (left and left.key < right.key):
+            yield left, None
+            left = next(old, None)
+        else:
+            yield None, right
+            right = next(new, None)
+
+
+def find_entries(reader: Reader, snapshot: Snapshot, paths: Sequence[bytes], above: bool = False) -> Iterator[Entry]:
+    """Yield the entries at or below `paths`, all where there are none; with `above` also the folders to them."""
+    for entry in list_entries(reader, snapshot.blocks):
+        path = entry.stat.path if paths else b""
+        if not paths or any(is_at_or_below(path, p) or (above and is_at_or_below(p, path)) for p in paths):
+            yield entry
+
+
+def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> None:
+    """Write a file's content, every chunk checked (I5); holes where it is sparse."""
+    at = 0
+    for chunk in list_chunks(reader, content):
+        if isinstance(chunk, int):
+            end = min(at + chunk * CHUNK, content.size)
+            _write_zeros(fd, at, end, sparse)
+            at = end
+            continue
+        data = reader.get(chunk)
+        if len(data) != min(CHUNK, content.size - at):
+            raise StoreError(f"chunk {chunk.hex()} does not have the length that its file needs")
+        if sparse:
+            _write_sparse(fd, data, at)
+        else:
+            os.lseek(fd, at, os.SEEK_SET)
+            write_all(fd, data)
+        at += len(data)
+    if at != content.size:
+        raise StoreError(f"the chunks of the file have {at} bytes, not {content.size}")
+    os.ftruncate(fd, content.size)
+
+
+def _write_zeros(fd: int, start: int, end: int, sparse: bool) -> None:
+    if not sparse:
+        os.lseek(fd, start, os.SEEK_SET)
+        while start < end:
+            step = min(CHUNK, end - start)
+            write_all(fd, memoryview(bytes(step)))
+            start += step
+
+
+def _write_sparse(fd: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    for start in range(0, len(data), PAGE):
+        page = view[start : start + PAGE]
+        if page != bytes(len(page)):
+            os.lseek(fd, at + start, os.SEEK_SET)
+            write_all(fd, page)
+
+
+def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, fd: int) -> None:
+    """Write a file's new content where its old one stands in the file `base`: only changed chunks are decoded."""
+    old, new = contents
+    table = ChunkTable(reader, old)
+    if not clone_file(base, fd):
+        copy_range(base, fd, min(old.size, new.size), 0)
+    os.ftruncate(fd, new.size)
+    chunks = (
+        one for c in list_chunks(reader, new) for one in (itertools.repeat(None, c) if isinstance(c, int) else (c,))
+    )
+    for number, chunk in enumerate(chunks):
+        at = number * CHUNK
+        length = min(CHUNK, new.size - at)
+        if table.get(number) == chunk and min(CHUNK, old.size - at) == length:
+            continue
+        data = reader.get(chunk) if chunk else bytes(length)
+        if len(data) != length:
+            raise StoreError(f"a chunk of {len(data)} bytes does not have the length that its file needs")
+        os.lseek(fd, at, os.SEEK_SET)
+        write_all(fd, data)
+
+
+class FileWriter:
+    """Puts entries below one folder, in their order; a file is complete there or absent."""
+
+    def __init__(self, reader: Reader, root: int, options: RestoreOptions) -> None:
+        self.reader = reader
+        self.options = options
+        self.folders = Folders(root)
+        self.problems: list[Problem] = []
+        self.files = 0  # put
+        self.bytes = 0
+        self._due: list[tuple[bytes, bytes]] = []  # path and temporary name of files not published
+        self._due_bytes = 0
+        self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
+        self._links = LinkTable()
+        self._unset: dict[str, int] = {}  # what could not be set, and on how many files
+
+    def put(self, entry: Entry, old: Entry | None = None) -> None:
+        """Put one entry; `old` is what stands there, where that is known to be so."""
+        stat = entry.stat
+        while self._inside and not is_at_or_below(stat.path, self._inside[-1].path):
+            self._leave_folder()
+        try:
+            self._put(entry, old)
+        except (StoreError, FormatError) as error:
+            self.fail(stat.path, str(error))
+        except FileExistsError:
+            self.fail(stat.path, "exists already and is left as it is; see --overwrite")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            self.fail(stat.path, f"cannot be restored: {explain(error)}")
+
+    def fail(self, path: bytes, message: str) -> None:
+        """Note what could not be put."""
+        self.problems.append(Problem(show(path), message))
+
+    def _put(self, entry: Entry, old: Entry | None) -> None:
+        stat, content = entry.stat, entry.content
+        if stat.kind == "directory":
+            self._put_folder(stat)
+        elif content.error or stat.error:
+            self.fail(stat.path, f"is not in this snapshot: {content.error or stat.error}")
+        elif stat.kind == "socket" or (self.options.private and stat.kind not in ("file", "symlink")):
+            return  # made by its program at each start; `latest` is for files
+        else:
+            folder, name = self.folders.parent(stat.path, create=True)
+            if not self.options.overwrite and _exists(folder, name):
+                raise FileExistsError
+            temporary = TEMPORARY.encode() + hashlib.sha256(name).hexdigest()[:16].encode()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=folder)
+            try:
+                self._make(entry, old, temporary)
+            except BaseException:
+                folder, _ = self.folders.parent(stat.path)
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder)
+                raise
+            self._publish_later(stat.path, temporary, content.size)
+
+    def _make(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
+        stat = entry.stat
+        if stat.kind == "file":
+            if not self._link(stat, temporary):
+                self._make_file(entry, old, temporary)
+            return
+        folder, _ = self.folders.parent(stat.path)
+        if stat.kind == "symlink":
+            os.symlink(stat.target, temporary, dir_fd=folder)
+        elif stat.kind == "fifo":
+            os.mkfifo(temporary, 0o600, dir_fd=folder)
+        else:
+            kind = stat_bits.S_IFBLK if stat.kind == "block" else stat_bits.S_IFCHR
+            os.mknod(temporary, kind | 0o600, stat.rdev, dir_fd=folder)
+        if not self.options.private:
+            owned = self._set_owner(stat, lambda u, g: os.chown(temporary, u, g, dir_fd=folder, follow_symlinks=False))
+            if stat.kind != "symlink":
+                os.chmod(temporary, _safe_mode(stat.mode, owned), dir_fd=folder)
+            self._set_xattrs(name_in(folder, temporary), stat.xattrs, stat.kind != "symlink")
+        os.utime(temporary, ns=(stat.mtime, stat.mtime), dir_fd=folder, follow_symlinks=False)
+
+    def _link(self, stat: Stat, temporary: bytes) -> bool:
+        """Make another name of a file put before; False where there is none."""
+        first = self._links.get(stat.link_key) if stat.link_key else None
+        if stat.link_key and first is None:
+            self._links.put(stat.link_key, stat.path)
+        if first is None or self.options.private:
+            return False
+        self.publish()
+        first_folder, first_name = self.folders.parent(first)
+        source = os.dup(first_folder)
+        try:
+            folder, _ = self.folders.parent(stat.path)
+            os.link(first_name, temporary, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return False  # a filesystem without links, or the first name failed: a file of its own
+        finally:
+            os.close(source)
+        return True
+
+    def _make_file(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
+        stat, content = entry.stat, entry.content
+        folder, name = self.folders.parent(stat.path)
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        try:
+            base = self._open_base(old, folder, name)
+            try:
+                if base >= 0 and old:
+                    write_changes(self.reader, (old.content, content), base, fd)
+                else:
+                    write_content(self.reader, content, fd, stat.sparse)
+            finally:
+                if base >= 0:
+                    os.close(base)
+            self._set_file(fd, stat, content)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _open_base(old: Entry | None, folder: int, name: bytes) -> int:
+        """Return a descriptor of the file that stands there, if it is still what `old` says; else -1."""
+        if old is None or old.stat.kind != "file" or old.content.size <= CHUNK or old.content.error or old.stat.sparse:
+            return -1
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        except OSError:
+            return -1
+        found = os.fstat(fd)
+        if stat_bits.S_ISREG(found.st_mode) and (found.st_size, found.st_mtime_ns) == (
+            old.content.size,
+            old.stat.mtime,
+        ):
+            return fd
+        os.close(fd)
+        return -1
+
+    # -- what a path has beside its content --
+
+    def _set_file(self, fd: int, stat: Stat, content: Content) -> None:
+        if self.options.private:
+            os.fchmod(fd, stat.mode & 0o700 | 0o400)
+        else:
+            owned = self._set_owner(stat, lambda u, g: os.fchown(fd, u, g))
+            self._set_xattrs(fd, content.xattrs)
+            os.fchmod(fd, _safe_mode(stat.mode, owned))
+        os.utime(fd, ns=(stat.mtime, stat.mtime))
+
+    def _set_owner(self, stat: Stat, set_owner: Callable[[int, int], None]) -> bool:
+        uid, gid = find_owner(stat, self.options.numeric)
+        try:
+            set_owner(uid, gid)
+        except OSError:
+            if (uid, gid) == (os.geteuid(), os.getegid()):
+                return True
+            self._count_unset("owner")
+            return False
+        return True
+
+    def _set_xattrs(self, target: int | str, xattrs: Mapping[str, str], follow: bool = True) -> None:
+        for name, value in xattrs.items():
+            try:
+                os.setxattr(target, name, base64.b64decode(value), follow_symlinks=follow)
+            except (OSError, AttributeError, binascii.Error):
+                self._count_unset(f"extended attribute {show(name)}")
+
+    def _count_unset(self, what: str) -> None:
+        self._unset[what] = self._unset.get(what, 0) + 1
+
+    def _put_folder(self, stat: Stat) -> None:
+        folder, name = self.folders.parent(stat.path, create=True)
+        existed = _exists(folder, name)
+        self.folders.open(stat.path, create=True)
+        if not self.options.private and (not existed or self.options.overwrite):
+            self._inside.append(stat)
+
+    def _leave_folder(self) -> None:
+        stat = self._inside.pop()
+        self.publish()
+        try:
+            fd = self.folders.open(stat.path)
+            owned = self._set_owner(stat, lambda u, g: os.fchown(fd, u, g))
+            self._set_xattrs(fd, stat.xattrs)
+            os.fchmod(fd, _safe_mode(stat.mode, owned))
+            os.utime(fd, ns=(stat.mtime, stat.mtime))
+        except OSError as error:
+            self.fail(stat.path, f"its owner, mode or time cannot be set: {explain(error)}")
+
+    # -- names --
+
+    def _publish_later(self, path: bytes, temporary: bytes, size: int) -> None:
+        self._due.append((path, temporary))
+        self._due_bytes += size
+        self.files += 1
+        self.bytes += size
+        if len(self._due) >= PUBLISH_FILES or self._due_bytes >= PUBLISH_BYTES:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make what is written durable, then give it its names."""
+        sync_filesystem(self.folders.root)
+        self.publish()
+
+    def publish(self) -> None:
+        """Give the files that are complete their names."""
+        due, self._due, self._due_bytes = self._due, [], 0
+        for path, temporary in due:
+            folder, name = self.folders.parent(path)
+            try:
+                publish(temporary, name, self.options.overwrite, folder)
+            except OSError as error:
+                self.fail(path, f"cannot be put at its place: {explain(error)}")
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary, dir_fd=folder)
+
+    def finish(self) -> None:
+        """Publish all and make it durable."""
+        self.sync()
+        while self._inside:
+            self._leave_folder()
+        sync_filesystem(self.folders.root)
+        for what, count in self._unset.items():
+            self.problems.append(
+                Problem("", f"{what} of {count} paths could not be set, for want of rights or of support")
+            )
+
+    def close(self) -> None:
+        """Close all; what is not published is removed."""
+        for path, temporary in self._due:
+            with contextlib.suppress(OSError):
+                folder, _ = self.folders.parent(path)
+                os.unlink(temporary, dir_fd=folder)
+        self._links.close()
+        self.folders.close()
+
+
+def _exists(folder: int, name: bytes) -> bool:
+    try:
+        os.lstat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _safe_mode(mode: int, owned: bool) -> int:
+    """Return the mode to set: never setuid or setgid for an owner who was not the file's."""
+    return mode if owned else mode & ~(stat_bits.S_ISUID | stat_bits.S_ISGID)
+
+
+@functools.lru_cache(maxsize=1000)
+def _find_number(kind: str, name: str, number: int) -> int:
+    import grp
+    import pwd
+
+    try:
+        return int(pwd.getpwnam(name).pw_uid if kind == "user" else grp.getgrnam(name).gr_gid)
+    except KeyError:
+        return number
+
+
+def find_owner(stat: Stat, numeric: bool) -> tuple[int, int]:
+    """Return the user and group to set: by name where this machine has it, else by number."""
+    if numeric:
+        return stat.uid, stat.gid
+    return _find_number("user", stat.user, stat.uid), _find_number("group", stat.group, stat.gid)
+
+
+def restore_snapshot(
+    reader: Reader, snapshot: Snapshot, paths: Sequence[bytes], to: str, options: RestoreOptions
+) -> FileWriter:
+    """Restore the paths, or all, below the folder `to`; returns the writer with what it did.
+
+    Raises RestoreError when nothing stands at one of the paths.
+    """
+    os.makedirs(to, exist_ok=True)
+    writer = FileWriter(reader, os.open(to, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), options)
+    missing = set(paths)
+    try:
+        for entry in find_entries(reader, snapshot, paths, above=True):
+            missing -= {path for path in missing if is_at_or_below(entry.stat.path, path)}
+            writer.put(entry)
+        writer.finish()
+    finally:
+        writer.close()
+    for path in sorted(missing):
+        writer.fail(path, f"is not in the snapshot {snapshot.name}")
+    return writer
+
+
+# ---- latest: the newest version as plain files ----
+
+
+@dataclass(frozen=True)
+class LatestState:
+    """Which snapshot `latest` shows; `next` is the one that it is being made to show."""
+
+    snapshot: str = ""
+    next: str = ""
+
+
+class Latest:
+    """The folder `latest` of a node, made to show one snapshot after the other."""
+
+    def __init__(self, folder: NodeFolder, reader: Reader) -> None:
+        self.folder = folder
+        self.reader = reader
+        self.path = os.path.join(folder.path, "latest")
+        self._state_path = os.path.join(folder.path, "latest.json")
+
+    def _load(self) -> LatestState:
+        if not os.path.isdir(self.path) or os.path.islink(self.path):
+            return LatestState()
+        try:
+            with open(self._state_path, "rb") as file:
+                fields = Fields(file.read(), "latest.json")
+            return LatestState(fields.text("snapshot", ""), fields.text("next", ""))
+        except (OSError, FormatError):
+            return LatestState()
+
+    def _save(self, state: LatestState) -> None:
+        write_durably(self._state_path, write_json(vars(state)).encode("ascii"))
+
+    def update(self, snapshot: Snapshot) -> list[Problem]:
+        """Make `latest` show `snapshot`; a run that was interrupted is done again first."""
+        try:
+            state = self._load()
+            problems = []
+            if state.next and state.next != snapshot.name:
+                problems += self._apply(state.snapshot, self.folder.load_snapshot(state.next))
+                state = LatestState(state.next)
+            return problems + self._apply(state.snapshot, snapshot)
+        except (OSError, FormatError) as error:
+            reason = explain(error) if isinstance(error, OSError) else str(error)
+            return [Problem("latest", f"could not be brought up to date: {reason}")]
+
+    def _apply(self, before: str, snapshot: Snapshot) -> list[Problem]:
+        old: tuple[bytes, ...] = ()
+        with contextlib.suppress(OSError, FormatError):
+            old = self.folder.load_snapshot(before).blocks if before else ()
+        self._save(LatestState(before, snapshot.name))
+        make_folder(self.path)
+        root = os.open(self.path, FOLDER_FLAGS)
+        writer = FileWriter(self.reader, root, RestoreOptions(overwrite=True, private=True))
+        try:
+            problems = self._remove(writer, self._compare(old, snapshot))
+            for left, right in self._compare(old, snapshot):
+                if right and (left is None or not _looks_equal(left, right)) and not right.content.error:
+                    writer.put(right, left)
+            writer.finish()
+        finally:
+            writer.close()
+        self._save(LatestState(snapshot.name))
+        return problems + writer.problems
+
+    def _compare(self, old: Sequence[bytes], snapshot: Snapshot) -> Iterator[tuple[Entry | None, Entry | None]]:
+        return compare_entries(list_entries(self.reader, old), list_entries(self.reader, snapshot.blocks))
+
+    def _remove(self, writer: FileWriter, pairs: Iterator[tuple[Entry | None, Entry | None]]) -> list[Problem]:
+        """Remove what the old snapshot had and the new one has not, or has as something else."""
+        problems: list[Problem] = []
+        folders: list[bytes] = []  # emptied, innermost last
+        unread = None  # a folder that could not be listed: what it held is left
+        for left, right in pairs:
+            if right and right.stat.error and right.stat.kind == "directory":
+                unread = right.stat.path
+            if left is None or (right and right.stat.kind == left.stat.kind):
+                continue
+            path = left.stat.path
+            if unread is not None and is_at_or_below(path, unread):
+                continue
+            while folders and not is_at_or_below(path, folders[-1]):
+                problems += _remove_one(writer.folders, folders.pop(), True)
+            if left.stat.kind == "directory":
+                folders.append(path)
+            else:
+                problems += _remove_one(writer.folders, path, False)
+        while folders:
+            problems += _remove_one(writer.folders, folders.pop(), True)
+        return problems
+
+
+def _remove_one(folders: Folders, path: bytes, is_folder: bool) -> list[Problem]:
+    try:
+        folder, name = folders.parent(path)
+        if is_folder:
+            os.rmdir(name, dir_fd=folder)
+            folders.forget()  # one of the same name may come
+        else:
+            os.unlink(name, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return [Problem(show(b"latest/" + path), f"cannot be removed: {explain(error)}")]
+    return []
+
+
+def _looks_equal(left: Entry, right: Entry) -> bool:
+    """Tell whether two entries are the same in `latest`, which knows content, mode, time and target."""
+    if left.line == right.line and left.read == right.read:
+        return True
+    one, two = left.stat, right.stat
+    if (one.kind, one.mode, one.target) != (two.kind, two.mode, two.target):
+        return False
+    if one.kind == "directory":
+        return True
+    same = (left.content.chunks, left.content.lists, left.content.size, left.content.error)
+    return one.mtime == two.mtime and same == (
+        right.content.chunks,
+        right.content.lists,
+        right.content.size,
+        right.content.error,
+    )
+
+
+# ==== 12. REPORT: records in, text and JSON out ====
+
+
+def format_size(size: int) -> str:
+    """Return bytes as people read them, in powers of 1024."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1000 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def format_span(seconds: float) -> str:
+    """Return a span of time as people read it, in its largest unit."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{int(seconds)} s"
+
+
+def format_time(moment: int) -> str:
+    """Return a moment (ns) in local time."""
+    import datetime
+
+    return datetime.datetime.fromtimestamp(moment / 1e9).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines with aligned columns."""
+    if not rows:
+        return []
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def format_totals(totals: Totals) -> str:
+    """Return what a pull did, in one phrase."""
+    parts = [f"{totals.files} files ({format_size(totals.size)})", f"{totals.changed} changed"]
+    if totals.deleted:
+        parts.append(f"{totals.deleted} deleted")
+    if totals.failed:
+        parts.append(f"{totals.failed} failed")
+    if totals.torn:
+        parts.append(f"{totals.torn} torn")
+    return ", ".join(parts) + f"; sent {format_size(totals.sent)}, stored {format_size(totals.added)}"
+
+
+def format_node(report: NodeReport) -> list[str]:
+    """Return the lines of one node: what became of it, then its problems."""
+    others = f" (also at {', '.join(report.addresses[1:])})" if len(report.addresses) > 1 else ""
+    head = f"{report.address}{others}: "
+    if report.missing:
+        return [f"{head}does not answer; last seen {format_span(report.missing / 1e9)} ago"]
+    snapshot = report.snapshot
+    if snapshot is None:
+        return [f"{head}{show(report.error) or report.state}"]
+    span = format_span((snapshot.finished - snapshot.started) / 1e9)
+    head += f"{snapshot.grade}, {format_totals(snapshot.totals)} in {span}"
+    if report.error:
+        head += f"; cut off: {show(report.error)}"
+    shown = [*snapshot.problems, *report.problems]
+    lines = [f"  {p.path}: {p.message}" if p.path else f"  {p.message}" for p in shown[:20]]
+    if len(shown) > 20:
+        lines.append(f"  and {len(shown) - 20} more; all stand in {snapshot.folder}/snapshots/{snapshot.name}.json")
+    return [head, *lines]
+
+
+def format_sweep(report: SweepReport) -> list[str]:
+    """Return the last lines of a sweep: who was there without a node, and the verdict."""
+    strangers = [node for node in report.nodes if node.state == STRANGER]
+    silent = sum(node.state == SILENT and not node.folder for node in report.nodes)
+    copied = [node for node in report.nodes if node.snapshot and not node.error]
+    good = sum(node.exit_code == 0 for node in copied)
+    lines = [f"alive, but no node: {node.address} ({show(node.error)})" for node in strangers[:10]]
+    if len(strangers) > 10:
+        lines.append(f"alive, but no node: {len(strangers) - 10} more")
+    lines += [f"the store: {problem}" for problem in report.problems]
+    bad = sum(node.exit_code != 0 for node in report.nodes)
+    phrase = f"{good} of {len(copied)} copies good" if copied else "no copy made"
+    trouble = f", {bad} with problems" if bad else ""
+    span = format_span((report.finished - report.started) / 1e9)
+    return [*lines, f"sweep of {format_time(report.started)}: {phrase}{trouble}, {silent} silent, {span}"]
+
+
+def describe_snapshot(snapshot: Snapshot) -> dict[str, Any]:
+    """Return a snapshot for JSON, without its blocks."""
+    return {
+        "name": snapshot.name,
+        "sequence": snapshot.sequence,
+        "started": snapshot.started,
+        "finished": snapshot.finished,
+        "grade": snapshot.grade,
+        "cut_off": snapshot.cut_off,
+        "roots": list(snapshot.roots),
+        **vars(snapshot.totals),
+        "problems": [vars(problem) for problem in snapshot.problems],
+    }
+
+
+def describe_node(report: NodeReport) -> dict[str, Any]:
+    """Return the report of a node for JSON."""
+    return {
+        "address": report.address,
+        "addresses": list(report.addresses),
+        "state": report.state,
+        "folder": report.folder,
+        "error": report.error,
+        "exit_code": report.exit_code,
+        "missing_seconds": report.missing // 10**9,
+        "snapshot": describe_snapshot(report.snapshot) if report.snapshot else None,
+        "problems": [vars(problem) for problem in report.problems],
+    }
+
+
+def describe_sweep(report: SweepReport) -> dict[str, Any]:
+    """Return the report of a sweep for JSON."""
+    return {
+        "started": report.started,
+        "finished": report.finished,
+        "exit_code": report.exit_code,
+        "nodes": [describe_node(node) for node in report.nodes],
+        "problems": list(report.problems),
+    }
+
+
+def format_mode(stat: Stat) -> str:
+    """Return kind and permissions as `ls -l` shows them."""
+    kinds = {kind: bits for bits, kind in KIND_BITS.items()}
+    return stat_bits.filemode(kinds[stat.kind] | stat.mode)
+
+
+KIND_BITS = {
+    stat_bits.S_IFREG: "file",
+    stat_bits.S_IFDIR: "directory",
+    stat_bits.S_IFLNK: "symlink",
+    stat_bits.S_IFIFO: "fifo",
+    stat_bits.S_IFSOCK: "socket",
+    stat_bits.S_IFBLK: "block",
+    stat_bits.S_IFCHR: "character",
+}
+
+
+def format_entry(entry: Entry) -> list[str]:
+    """Return the cells of one entry's line in a listing."""
+    stat, content = entry.stat, entry.content
+    owner = f"{show(stat.user) or stat.uid}:{show(stat.group) or stat.gid}"
+    size = str(content.size) if stat.kind == "file" else "-"
+    name = show(stat.path) + (f" -> {show(stat.target)}" if stat.target else "")
+    said = content.error or stat.error
+    return [
+        format_mode(stat),
+        owner,
+        size,
+        format_time(stat.mtime),
+        content.grade or "-",
+        name + (f" ({show(said)})" if said else ""),
+    ]
+
+
+# ==== 13. COMMANDS: flags, signals, the clock; the only chapter that prints ====
+
+EXAMPLES = """\
+examples:
+  on each machine, serve a database and the home folders:
+    python zbackup.pyz node --file files/bd --file /home --exclude '*.tmp' --exclude node_modules/
+  on the server, copy what answers at 127.0.0.9 to .12, now and every hour:
+    python zbackup.pyz server --range 9-12
+  the same once, from cron, with a word only when something is wrong:
+    python zbackup.pyz server --range 9-12 --store /srv/backups --once --quiet
+  what is there, and back with it:
+    python zbackup.pyz list
+    python zbackup.pyz list 127.0.0.9 files/bd
+    python zbackup.pyz restore 127.0.0.9 files/bd --to /tmp/back --at 3d
+    python zbackup.pyz cat 127.0.0.9 files/bd --at 2026-11-23 > bd
+
+exit codes: 0 all good; 1 a node failed, or a copy is torn or partial; 2 wrong usage;
+3 a known node is missing for longer than --stale; 4 the store is damaged, full or locked;
+5 no node answered; 130 interrupted (what arrived is kept for the next run)"""
+
+SPANS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
+SIZES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_span(text: str) -> float:
+    """Return seconds from `90s`, `1h30m`, `2d` or a bare number of seconds."""
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|min|s|m|h|d|w)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a span of time such as 90s, 1h30m or 2d")
+    return sum(float(number) * SPANS[unit] for number, unit in parts)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from `64MiB`, `64M`, `1G` or a bare number; all in powers of 1024."""
+    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(i?b)?", text.lower())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512K, 64MiB or 1G")
+    return int(match[1]) << 10 * SIZES[match[2]]
+
+
+def parse_count(text: str) -> int:
+    """Return a whole number above zero."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def parse_port(text: str) -> int:
+    """Return a TCP port."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 1 to 65535")
+    return int(text)
+
+
+def parse_range(text: str) -> list[int]:
+    """Return the last parts of addresses from `9-12`, `9` or `9,12,20-30`."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,3})\s*(?:-\s*(\d{1,3})\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last > 255:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a range from 0 to 255 such as 9-12 or 9,12,20-30")
+        numbers += range(first, last + 1)
+    return list(dict.fromkeys(numbers))
+
+
+def parse_host(text: str) -> tuple[str, int | None]:
+    """Return host and port of NAME, NAME:PORT, an IPv6 address or [IPv6]:PORT."""
+    match = re.fullmatch(r"\[([0-9A-Fa-f:.%\w]+)\](?::(\d+))?|([^:\[\]\s]+)(?::(\d+))?|([0-9A-Fa-f:.]+(?:%\w+)?)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME, NAME:PORT or [IPv6]:PORT")
+    port = match[2] or match[4]
+    return match[1] or match[3] or match[5], parse_port(port) if port else None
+
+
+def expand_network(network: str, numbers: Sequence[int] | None) -> list[str]:
+    """Return the addresses of a network: all of it, or those with these last parts.
+
+    Raises UsageError when the network is none, or the numbers do not fit it.
+    """
+    import ipaddress
+
+    prefix = re.fullmatch(r"\d{1,3}\.\d{1,3}\.\d{1,3}", network)
+    try:
+        block = ipaddress.ip_network(network + ".0/24" if prefix else network, strict=False)
+    except ValueError:
+        raise UsageError(f"--network {show(network)} is no network; write 192.168.1 or 192.168.1.0/24") from None
+    if block.version != 4 or "/" not in network and not prefix or block.num_addresses > 65536:
+        raise UsageError(
+            f"--network {show(network)}: write an IPv4 network up to /16, such as 192.168.1.0/24, or --host for IPv6"
+        )
+    if numbers is None:
+        return [str(address) for address in block.hosts()]
+    if block.prefixlen < 24:
+        raise UsageError(
+            f"--range goes with a network of up to 256 addresses; {show(network)} has {block.num_addresses}"
+        )
+    start = int(block.network_address) & ~255
+    found = [ipaddress.IPv4Address(start + number) for number in numbers]
+    outside = [address for address in found if address not in block]
+    if outside:
+        raise UsageError(f"--range: {outside[0]} is not in the network {show(network)}")
+    return [str(address) for address in found]
+
+
+def list_addresses(args: argparse.Namespace) -> list[Address]:
+    """Return the addresses that the flags name, each once."""
+    addresses = []
+    if args.range is not None or args.network is not None:
+        addresses = [Address(host, args.port) for host in expand_network(args.network or NETWORK, args.range)]
+    addresses += [Address(host, port or args.port) for host, port in args.host]
+    if not addresses:
+        raise UsageError("which machines? Name them: --range 9-12, --network 192.168.1.0/24 or --host NAME")
+    return list(dict.fromkeys(addresses))
+
+
+def resolve(addresses: Sequence[Address]) -> tuple[list[Address], list[NodeReport]]:
+    """Return the addresses with their names as numbers, and a report for each name that has none."""
+    import socket
+
+    found, failed = [], []
+    for address in addresses:
+        if re.fullmatch(r"[0-9.]+|.*:.*", address.host):
+            found.append(address)
+            continue
+        try:
+            info = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+            found.append(Address(str(info[0][4][0]), address.port))
+        except OSError as error:
+            failed.append(
+                NodeReport(str(address), SILENT, error=f"this name has no address: {explain(error)}", exit_code=1)
+            )
+    return list(dict.fromkeys(found)), failed
+
+
+def parse_when(text: str, now: int) -> tuple[str, int]:
+    """Return a snapshot's name, or "" and the last moment (ns) that counts, from a WHEN.
+
+    WHEN is `latest`, a name, a date, a date and time (local), or a span such as 3d ago.
+    """
+    import datetime
+
+    if text == "latest":
+        return "", 1 << 63
+    if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\dZ(-\d+)?", text):
+        return text, 0
+    for form, span in (
+        ("%Y-%m-%d", 86400),
+        ("%Y-%m-%dT%H:%M", 60),
+        ("%Y-%m-%d %H:%M", 60),
+        ("%Y-%m-%dT%H:%M:%S", 1),
+        ("%Y-%m-%d %H:%M:%S", 1),
+    ):
+        with contextlib.suppress(ValueError):
+            moment = datetime.datetime.strptime(text, form) + datetime.timedelta(seconds=span)
+            return "", int(moment.timestamp() * 10**9) - 1
+    try:
+        return "", now - int(parse_span(re.sub(r"\s*ago$", "", text)) * 1e9)
+    except argparse.ArgumentTypeError:
+        raise UsageError(
+            f"--at {show(text)}: write latest, a snapshot's name, 2026-11-23, '2026-11-23 14:00' or 3d"
+        ) from None
+
+
+def find_snapshot(folder: NodeFolder, when: str, now: int) -> Snapshot:
+    """Return the snapshot that a WHEN means: the newest one that is not younger, cut off ones last."""
+    snapshots, damaged = folder.list_snapshots()
+    for sentence in damaged:
+        print(f"zbackup: {sentence}", file=sys.stderr)
+    name, moment = parse_when(when, now)
+    if name:
+        fitting = [snapshot for snapshot in snapshots if snapshot.name == name]
+    else:
+        fitting = [snapshot for snapshot in snapshots if snapshot.started <= moment]
+    whole = [snapshot for snapshot in fitting if not snapshot.cut_off]
+    if not fitting:
+        times = f"; the first one is {snapshots[0].name}" if snapshots else ""
+        raise UsageError(f"{folder.name} has no snapshot {'of' if name else 'at or before'} {show(when)}{times}")
+    return (whole or fitting)[-1]
+
+
+def find_node(store: Store, name: str) -> NodeFolder:
+    """Return the folder of a node called by its folder, an address or its host's name."""
+    nodes = store.list_nodes()
+    for matches in (
+        [node for node in nodes if node.folder == name],
+        [node for node in nodes if name in node.addresses],
+        [node for node in nodes if node.name == name],
+    ):
+        if len(matches) == 1:
+            return store.node(matches[0].folder)
+        if matches:
+            raise UsageError(f"{show(name)} is the name of several nodes: {', '.join(node.folder for node in matches)}")
+    known = ", ".join(node.folder for node in nodes) or "none yet"
+    raise UsageError(f"the store has no node {show(name)}; it has: {known}")
+
+
+def clean_path(text: str) -> bytes:
+    """Return a path of a snapshot as a user types it."""
+    path = os.fsencode(os.path.normpath(text).lstrip("/"))
+    return b"" if path == b"." else path
+
+
+# ---- output ----
+
+
+class Output:
+    """Where a role's words go: standard output, standard error, a log file."""
+
+    def __init__(self, args: argparse.Namespace, clock: Clock) -> None:
+        self.quiet = args.quiet
+        self.json = getattr(args, "json", False)
+        self.clock = clock
+        self._progress = sys.stderr.isatty() and not self.quiet and not self.json
+        self._drawn = 0.0
+        try:
+            self.log = open(args.log_file, "a", encoding="utf-8") if args.log_file else None  # noqa: SIM115
+        except OSError as error:
+            raise UsageError(f"--log-file {show(args.log_file)}: {explain(error)}") from None
+
+    def say(self, line: str) -> None:
+        """Print what is of interest; nothing under --quiet or --json."""
+        self._write(line)
+        if not self.quiet and not self.json:
+            self._clear()
+            print(line, flush=True)
+
+    def warn(self, line: str) -> None:
+        """Print what the user must know."""
+        self._write(line)
+        self._clear()
+        print(line, file=sys.stderr, flush=True)
+
+    def _write(self, line: str) -> None:
+        if self.log:
+            self.log.write(f"{format_time(self.clock.now())} {line}\n")
+            self.log.flush()
+
+    def draw(self, intakes: Mapping[str, Intake]) -> None:
+        """Show on a terminal how far the copies are."""
+        now = self.clock.monotonic()
+        if self._progress and intakes and now - self._drawn > 0.5:
+            self._drawn = now
+            parts = []
+            for folder, intake in list(intakes.items()):
+                counts = intake.tally.counts
+                parts.append(f"{folder} {counts['files']} files, {format_size(intake.peer.received)}")
+            print(f"\r\x1b[K{'; '.join(parts)[:150]}", end="", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self._progress and self._drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def make_clock() -> Clock:
+    """Return the real clock."""
+    import time
+
+    return Clock(time.time_ns, time.monotonic, time.sleep)
+
+
+@contextlib.contextmanager
+def stopping(stop: threading.Event) -> Iterator[list[int]]:
+    """Set `stop` on Ctrl-C and SIGTERM; a second one ends the process at once."""
+    import signal
+
+    caught: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        caught.append(number)
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def raise_file_limit() -> None:
+    """Take as many descriptors as this process may: each address asked takes some."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ---- the commands ----
+
+
+def run_node(args: argparse.Namespace) -> int:
+    """Serve this machine's files until stopped."""
+    import signal
+    import socket
+
+    clock = make_clock()
+    output = Output(args, clock)
+    values = {name: getattr(args, name) for name in vars(NodeSettings()) if name not in ("files", "exclude", "name")}
+    settings = NodeSettings(
+        files=tuple(args.file or [FILE]), exclude=tuple(args.exclude), name=args.name or socket.gethostname(), **values
+    )
+    stop = threading.Event()
+    with stopping(stop) as caught:
+        wire = Wire(clock, stop, settings.heartbeat)
+        try:
+            node = Node(settings, wire, os.getcwd(), output.say)
+            try:
+                announce_node(node, output)
+                node.serve()
+            finally:
+                node.close()
+        except Interrupted:
+            output.say("stopped")
+        finally:
+            wire.close()
+    return Interrupted.exit_code if signal.SIGINT in caught else 0
+
+
+def announce_node(node: Node, output: Output) -> None:
+    """Say what the node serves, and to whom."""
+    settings = node.settings
+    roots, missing = list_roots(settings.files, node.home.base)
+    for pattern in missing:
+        output.warn(f"{show(pattern)} does not exist (yet); it is looked for again at each copy")
+    for root in roots:
+        if os.path.islink(root.real):
+            output.warn(f"{show(root.real)} is a symbolic link: the link alone is copied; name what it points to")
+    who = "any machine, without a key" if settings.insecure else "this machine only"
+    names = ", ".join(show(pattern) for pattern in settings.files)
+    output.say(f"serving {names} at {settings.bind}:{settings.port} to {who}")
+    if settings.insecure:
+        output.warn("--insecure: everyone who can reach this port can read these files")
+
+
+def run_server(args: argparse.Namespace) -> int:
+    """Sweep once, or again and again."""
+    import signal
+
+    clock = make_clock()
+    output = Output(args, clock)
+    addresses = list_addresses(args)
+    settings = ServerSettings(**{name: getattr(args, name) for name in vars(ServerSettings())})
+    raise_file_limit()
+    stop = threading.Event()
+    code = 0
+    with stopping(stop) as caught:
+        while not stop.is_set():
+            started = clock.monotonic()
+            code = sweep_once(addresses, settings, (clock, stop), output)
+            if args.once:
+                break
+            stop.wait(max(0.0, args.every - (clock.monotonic() - started)))
+    if not caught:
+        return code
+    return 0 if signal.SIGTERM in caught and not args.once else Interrupted.exit_code
+
+
+def sweep_once(
+    addresses: Sequence[Address], settings: ServerSettings, running: tuple[Clock, threading.Event], output: Output
+) -> int:
+    """Make one sweep and report it; returns its exit code.  A store that fails ends this sweep only."""
+    try:
+        store = open_store(settings.store, create=True)
+    except StoreError as error:
+        output.warn(f"zbackup: {error}")
+        return error.exit_code
+    wire = Wire(*running, settings.heartbeat)
+    try:
+        copier = Copier(store, wire, settings, make_after_pull(settings))
+        events = Events(lambda report: tell_node(report, output), lambda: output.draw(copier.intakes))
+        numbers, failed = resolve(addresses)
+        for lost in failed:
+            events.report(lost)
+        report = sweep(copier, numbers, events)
+        report = replace(report, nodes=(*failed, *report.nodes))
+        tell_sweep(report, output)
+        return Interrupted.exit_code if running[1].is_set() else report.exit_code
+    except BackupError as error:
+        output.warn(f"zbackup: {error}")
+        return error.exit_code
+    finally:
+        wire.close()
+        store.close()
+
+
+def make_after_pull(settings: ServerSettings) -> AfterPull:
+    """Return what is done with each new snapshot."""
+    if settings.latest:
+        return lambda folder, reader, snapshot: Latest(folder, reader).update(snapshot)
+    return lambda folder, reader, snapshot: ()
+
+
+def tell_node(report: NodeReport, output: Output) -> None:
+    """Print what became of a node; of other addresses only what is amiss."""
+    if report.state == STRANGER or (report.state == SILENT and not report.folder and not report.error):
+        return  # told in one line at the end
+    say = output.warn if report.exit_code and not output.json else output.say
+    for line in format_node(report):
+        say(line)
+
+
+def tell_sweep(report: SweepReport, output: Output) -> None:
+    """Print the end of a sweep."""
+    if output.json:
+        print(json.dumps(describe_sweep(report)), flush=True)
+    if report.exit_code == NOBODY:
+        output.warn("zbackup: no node answered; is `zbackup.pyz node` running there, and the port open?")
+    for line in format_sweep(report):
+        (output.warn if line.startswith("the store: ") else output.say)(line)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """List nodes, a node's snapshots, the versions of a path, or the entries of a snapshot."""
+    clock = make_clock()
+    with contextlib.closing(open_store(args.store)) as store:
+        if args.node is None:
+            rows = list_nodes(store)
+        else:
+            folder = find_node(store, args.node)
+            if args.at is not None:
+                rows = list_snapshot(store, find_snapshot(folder, args.at, clock.now()), clean_path(args.path or ""))
+            elif args.path is not None:
+                rows = list_versions(store, folder, clean_path(args.path))
+            else:
+                rows = list_snapshots(folder)
+        if args.json:
+            print(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
+        else:
+            for line in format_table(rows):
+                print(line)
+        return tell_damage(store)
+
+
+def tell_damage(store: Store) -> int:
+    """Print what is damaged in the store; returns the exit code."""
+    for problem in store.problems:
+        print(f"zbackup: {problem}", file=sys.stderr)
+    return StoreError.exit_code if store.problems else 0
+
+
+def list_nodes(store: Store) -> list[list[str]]:
+    """Return the rows of all nodes."""
+    rows = [["NODE", "HOST", "ADDRESSES", "SNAPSHOTS", "LAST", "GRADE", "FILES", "SIZE"]]
+    for node in store.list_nodes():
+        snapshots, _ = store.node(node.folder).list_snapshots()
+        last = snapshots[-1] if snapshots else None
+        what = (
+            [last.name, last.grade, str(last.totals.files), format_size(last.totals.size)]
+            if last
+            else ["-", "-", "-", "-"]
+        )
+        rows.append([node.folder, node.name, " ".join(node.addresses), str(len(snapshots)), *what])
+    return rows
+
+
+def list_snapshots(folder: NodeFolder) -> list[list[str]]:
+    """Return the rows of a node's snapshots."""
+    rows = [["SNAPSHOT", "TIME", "GRADE", "FILES", "SIZE", "CHANGED", "SENT", "STORED", "NOTE"]]
+    snapshots, damaged = folder.list_snapshots()
+    for sentence in damaged:
+        print(f"zbackup: {sentence}", file=sys.stderr)
+    for snapshot in snapshots:
+        totals = snapshot.totals
+        sizes = [format_size(totals.sent), format_size(totals.added)]
+        note = (
+            f"cut off: {show(snapshot.cut_off)}"
+            if snapshot.cut_off
+            else f"{len(snapshot.problems)} problems"
+            if snapshot.problems
+            else ""
+        )
+        rows.append(
+            [snapshot.name, format_time(snapshot.started), snapshot.grade, str(totals.files), format_size(totals.size)]
+            + [str(totals.changed), *sizes, note]
+        )
+    return rows
+
+
+def list_snapshot(store: Store, snapshot: Snapshot, path: bytes) -> list[list[str]]:
+    """Return the rows of the entries at or below a path in one snapshot."""
+    reader = store.reader()
+    try:
+        entries = find_entries(reader, snapshot, [path] if path else [])
+        rows = [["MODE", "OWNER", "SIZE", "TIME", "GRADE", "PATH"], *map(format_entry, entries)]
+    finally:
+        reader.close()
+    if len(rows) == 1 and path:
+        raise UsageError(f"{show(path)} is not in the snapshot {snapshot.name}")
+    return rows
+
+
+def list_versions(store: Store, folder: NodeFolder, path: bytes) -> list[list[str]]:
+    """Return the rows of the versions of one path: the first snapshot that has each."""
+    rows = [["SNAPSHOT", "MODE", "OWNER", "SIZE", "TIME", "GRADE", "PATH"]]
+    reader = store.reader()
+    last: tuple[object, ...] | None = None
+    try:
+        for snapshot in folder.list_snapshots()[0]:
+            for entry in find_entries(reader, snapshot, [path]):
+                content = entry.content
+                version = (
+                    content.chunks,
+                    content.lists,
+                    content.size,
+                    content.error,
+                    entry.stat.target,
+                    entry.stat.kind,
+                )
+                if entry.stat.path == path and version != last:
+                    last = version
+                    rows.append([snapshot.name, *format_entry(entry)])
+    finally:
+        reader.close()
+    if len(rows) == 1:
+        raise UsageError(f"no snapshot of {folder.name} has {show(path)}; see `list {folder.name} --at latest`")
+    return rows
+
+
+def run_restore(args: argparse.Namespace) -> int:
+    """Restore files."""
+    options = RestoreOptions(overwrite=args.overwrite, numeric=args.numeric_ids)
+    with contextlib.closing(open_store(args.store)) as store:
+        snapshot = find_snapshot(find_node(store, args.node), args.at or "latest", make_clock().now())
+        reader = store.reader()
+        try:
+            done = restore_snapshot(reader, snapshot, [p for p in map(clean_path, args.path) if p], args.to, options)
+        except OSError as error:
+            raise RestoreError(f"{show(args.to)}: {explain(error)}") from None
+        finally:
+            reader.close()
+        for problem in done.problems:
+            print(
+                f"zbackup: {problem.path}: {problem.message}" if problem.path else f"zbackup: {problem.message}",
+                file=sys.stderr,
+            )
+        if not args.quiet:
+            what = f"{done.files} files ({format_size(done.bytes)}) of {snapshot.folder}"
+            print(f"restored {what} as of {format_time(snapshot.started)} to {show(args.to)}")
+            if not snapshot.good:
+                print(f"this snapshot is {snapshot.grade}; see `list {snapshot.folder}`", file=sys.stderr)
+        return tell_damage(store) or (BackupError.exit_code if done.problems else 0)
+
+
+def run_cat(args: argparse.Namespace) -> int:
+    """Write one file to standard output."""
+    with contextlib.closing(open_store(args.store)) as store:
+        snapshot = find_snapshot(find_node(store, args.node), args.at or "latest", make_clock().now())
+        path = clean_path(args.path)
+        reader = store.reader()
+        try:
+            entry = next((e for e in find_entries(reader, snapshot, [path]) if e.stat.path == path), None)
+            if entry is None or entry.stat.kind != "file":
+                raise UsageError(f"{show(path)} is not a file in the snapshot {snapshot.name}")
+            if entry.content.error:
+                raise RestoreError(f"{show(path)} is not in the snapshot {snapshot.name}: {show(entry.content.error)}")
+            write_stream(reader, entry.content, sys.stdout.buffer)
+        finally:
+            reader.close()
+        return tell_damage(store)
+
+
+def write_stream(reader: Reader, content: Content, stream: BinaryIO) -> None:
+    """Write a file's content to a stream that cannot seek."""
+    left = content.size
+    for chunk in list_chunks(reader, content):
+        for data in (bytes(CHUNK) for _ in range(chunk)) if isinstance(chunk, int) else (reader.get(chunk),):
+            stream.write(data[:left])
+            left -= len(data[:left])
+    stream.flush()
+    if left:
+        raise StoreError(f"the chunks of the file are {left} bytes too short")
+
+
+# ---- flags ----
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose @FILE holds flags as on a command line, with comments."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """Return the words of one line of an @FILE."""
+        import shlex
+
+        return shlex.split(arg_line, comments=True)
+
+
+def add_node_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `node`."""
+    add = parser.add_argument
+    add(
+        "--file",
+        action="append",
+        metavar="PATH",
+        help=f"a file, folder or 'glob' to serve; may be given several times (default {FILE})",
+    )
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out what matches, as in a .gitignore; may be given several times",
+    )
+    add("--one-file-system", action="store_true", help="do not go into other filesystems mounted below a folder")
+    add("--port", type=parse_port, default=PORT, help="TCP port to listen at (default %(default)s)")
+    add("--bind", default="*", metavar="ADDRESS", help="address to listen at (default '*', all of this machine)")
+    add("--name", default="", help="what the server calls this machine in its reports (default: the host name)")
+    add("--before", default="", metavar="CMD", help="shell command run before each copy; if it fails, so does the copy")
+    add("--after", default="", metavar="CMD", help="shell command run after each copy, also after one that failed")
+    add(
+        "--insecure",
+        action="store_true",
+        help="answer any machine, not only this one; everyone on the network can then read the files",
+    )
+    add(
+        "--state",
+        default="",
+        metavar="DIR",
+        help="where the node keeps its identity and frozen copies of databases (default ~/.local/state/zbackup)",
+    )
+    more = parser.add_argument_group("limits, rarely changed")
+    add_common_flags(parser, more)
+    add = more.add_argument
+    add(
+        "--margin",
+        type=parse_span,
+        default=MARGIN,
+        help="files younger than this are read again next time, whatever their times say (default %(default)s s)",
+    )
+    add("--sessions", type=parse_count, default=SESSIONS, help="servers served at once (default %(default)s)")
+    add(
+        "--session-timeout",
+        type=parse_span,
+        default=SESSION_TIMEOUT,
+        help="a server that asks nothing for so long is gone (default %(default)s s)",
+    )
+    add(
+        "--locked-timeout",
+        type=parse_span,
+        default=LOCKED_TIMEOUT,
+        help="how long to wait for a locked SQLite database (default %(default)s s)",
+    )
+    add(
+        "--working-every",
+        type=parse_span,
+        default=WORKING_EVERY,
+        help="pause between two 'still working' (default %(default)s s)",
+    )
+
+
+def add_common_flags(parser: argparse.ArgumentParser, more: Any) -> None:
+    """Add the flags that both roles have."""
+    parser.add_argument("--quiet", "-q", action="store_true", help="print problems only")
+    parser.add_argument(
+        "--log-file", default="", metavar="FILE", help="append all messages, with their times, to a file"
+    )
+    more.add_argument(
+        "--level", type=parse_count, default=LEVEL, help="compression level of zstd or zlib (default %(default)s)"
+    )
+    more.add_argument(
+        "--heartbeat",
+        type=parse_span,
+        default=HEARTBEAT,
+        help="pause between the pings that find a dead peer (default %(default)s s)",
+    )
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `server`."""
+    add = parser.add_argument
+    add("--range", type=parse_range, metavar="RANGE", help="last parts of the addresses: 9, 9-12 or 9,12,20-30")
+    add("--network", metavar="NET", help=f"192.168.1 or 192.168.1.0/24 (default {NETWORK})")
+    add(
+        "--host",
+        type=parse_host,
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="a machine by name, IPv4 or [IPv6]; may be given several times",
+    )
+    add("--port", type=parse_port, default=PORT, help="TCP port of the nodes (default %(default)s)")
+    add_store_flag(parser)
+    add(
+        "--every",
+        type=parse_span,
+        default=EVERY,
+        metavar="SPAN",
+        help="time from the start of one sweep to the next (default 1h)",
+    )
+    add("--once", action="store_true", help="make one sweep and end with its exit code")
+    add("--jobs", type=parse_count, default=JOBS, metavar="N", help="nodes copied at once (default %(default)s)")
+    add(
+        "--timeout",
+        type=parse_span,
+        default=HELLO_TIMEOUT,
+        metavar="SPAN",
+        help="how long an address may take to say that it is alive (default 1s)",
+    )
+    add(
+        "--stale",
+        type=parse_span,
+        default=STALE,
+        metavar="SPAN",
+        help="how long a known node may be missing before the exit code is 3 (default 3d)",
+    )
+    add(
+        "--no-latest",
+        dest="latest",
+        action="store_false",
+        help="keep no plain files of the newest version beside the store",
+    )
+    add("--checksum", action="store_true", help="trust no timestamps: compare the content of all files")
+    add("--json", action="store_true", help="print one JSON object for each sweep")
+    more = parser.add_argument_group("limits, rarely changed")
+    add_common_flags(parser, more)
+    add = more.add_argument
+    add(
+        "--window",
+        type=parse_size,
+        default=WINDOW,
+        metavar="SIZE",
+        help="bytes asked of a node and not yet received (default 8MiB)",
+    )
+    add(
+        "--tries",
+        type=parse_count,
+        default=TRIES,
+        metavar="N",
+        help="readings of a file that keeps changing (default %(default)s)",
+    )
+    add(
+        "--pause",
+        type=parse_span,
+        default=PAUSE,
+        metavar="SPAN",
+        help="pause before the second of them, then doubled (default %(default)s s)",
+    )
+    add(
+        "--answer-timeout",
+        type=parse_span,
+        default=ANSWER_TIMEOUT,
+        metavar="SPAN",
+        help="how long a node may be mute (default %(default)s s)",
+    )
+    add(
+        "--freeze-timeout",
+        type=parse_span,
+        default=FREEZE_TIMEOUT,
+        metavar="SPAN",
+        help="how long a node may work on one question, --before included (default 1h)",
+    )
+    add(
+        "--hellos-at-once",
+        type=parse_count,
+        default=HELLOS_AT_ONCE,
+        metavar="N",
+        help="addresses asked at once (default %(default)s)",
+    )
+    add("--pack-size", type=parse_size, default=PACK_SIZE, metavar="SIZE", help="size of a pack file (default 64MiB)")
+    add(
+        "--pack-chunks",
+        type=parse_count,
+        default=PACK_CHUNKS,
+        metavar="N",
+        help="chunks in a pack file at most (default %(default)s)",
+    )
+
+
+def add_store_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --store, which every command of the server's side has."""
+    parser.add_argument("--store", default=STORE, metavar="DIR", help="the folder of the backups (default %(default)s)")
+
+
+WHEN_HELP = "latest, a snapshot's name, a date, 'date time', or how long ago: 3d"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="zbackup",
+        formatter_class=formatter,
+        description="Back up the machines of a LAN to one server, every version.",
+        epilog=EXAMPLES,
+        fromfile_prefix_chars="@",
+    )
+    parser.add_argument("--version", action="version", version=f"zbackup {VERSION}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = commands.add_parser(
+            name, help=words, description=words, fromfile_prefix_chars="@"
+        )
+        command.set_defaults(run=run)
+        return command
+
+    add_server_flags(add("server", run_server, "Sweep a range of addresses and copy the nodes that answer."))
+    add_node_flags(add("node", run_node, "Serve files of this machine to the backup server."))
+    command = add("list", run_list, "List nodes, a node's snapshots, or the versions of a path.")
+    add_store_flag(command)
+    command.add_argument("node", nargs="?", metavar="NODE", help="folder, address or host name of a node")
+    command.add_argument("path", nargs="?", metavar="PATH", help="list the versions of this path")
+    command.add_argument("--at", metavar="WHEN", help=f"list the files of one snapshot instead: {WHEN_HELP}")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command = add("restore", run_restore, "Restore files of a node, with all that was known of them.")
+    add_store_flag(command)
+    command.add_argument("node", metavar="NODE", help="folder, address or host name of a node")
+    command.add_argument("path", nargs="*", metavar="PATH", help="what to restore (default: all)")
+    command.add_argument("--to", required=True, metavar="DIR", help="the folder to restore into; made at need")
+    command.add_argument("--at", metavar="WHEN", help=f"which version: {WHEN_HELP} (default latest)")
+    command.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    command.add_argument("--numeric-ids", action="store_true", help="set owners by number, not by name")
+    command.add_argument("--quiet", "-q", action="store_true", help="print problems only")
+    command = add("cat", run_cat, "Write one file of a node to standard output.")
+    add_store_flag(command)
+    command.add_argument("node", metavar="NODE", help="folder, address or host name of a node")
+    command.add_argument("path", metavar="PATH", help="the file")
+    command.add_argument("--at", metavar="WHEN", help=f"which version: {WHEN_HELP} (default latest)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    try:
+        args = make_parser().parse_args(arguments)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BackupError as error:
+        print(f"zbackup: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("zbackup: interrupted", file=sys.stderr)
+        return Interrupted.exit_code
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does: nothing more to say, nor to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return BackupError.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
