@@ -925,9 +925,9 @@ def decode_known(data: bytes, folder: str) -> Known:
     )
 
 
-def name_folder(address: Address) -> str:
-    """Return the folder of the node first seen at `address`: a name that any filesystem takes."""
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", str(address).strip("[]").replace("]", ""))
+def name_folder(host: str) -> str:
+    """Return the folder of the node first seen at `host`: a name that any filesystem takes."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", host)
     return f"node-{name}" if name.startswith((".", "-")) or name.lower() in RESERVED else name
 
 
@@ -2436,9 +2436,8 @@ def _create_store(path: str) -> None:
     make_folder(path)
     strange = [n for n in os.listdir(path) if n not in ("packs", "lock", "README.txt") and not n.startswith(TEMPORARY)]
     if strange:
-        raise StoreError(
-            f"{path} is not a zbackup store, and not empty (it has {show(strange[0])}); name another folder with --store"
-        )
+        what = f"not a zbackup store, and not empty (it has {show(strange[0])})"
+        raise StoreError(f"{path} is {what}; name another folder with --store")
     make_folder(os.path.join(path, "packs"))
     write_durably(os.path.join(path, "README.txt"), STORE_README.encode("ascii"))
     # Last, since its presence makes the folder a store.
@@ -2452,9 +2451,7 @@ def _load_identity(path: str) -> str:
         with open(os.path.join(path, "zbackup.json"), "rb") as file:
             fields = Fields(file.read(), "zbackup.json")
         if fields.integer("format") != FORMAT:
-            raise StoreError(
-                f"the store {path} is of format {fields.integer('format')}; this zbackup knows {FORMAT}"
-            )
+            raise StoreError(f"the store {path} is of format {fields.integer('format')}; this zbackup knows {FORMAT}")
         unknown = set(fields.texts("features")) - set(FEATURES)
         if unknown:
             raise StoreError(
@@ -2512,6 +2509,7 @@ def execute_leftovers(plan: Leftovers) -> None:
 # ==== 9. NODE: scan, freeze, read, answer ====
 
 DATABASE_MAGIC = b"SQLite format 3\0"
+DATABASE_HEAD = 100  # bytes of the header, https://www.sqlite.org/fileformat.html#the_database_header
 COMPANIONS = (b"-wal", b"-shm", b"-journal")  # of a database; its frozen copy holds what they held
 ZEROS = bytes(CHUNK)
 KIND_OF = {
@@ -2869,18 +2867,37 @@ def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
     """
     import sqlite3
 
-    origin = open_database(source, wait, clock)
-    try:
-        copy = sqlite3.connect(target, isolation_level=None)
+    # Closed last, since closing it drops the locks of this process.
+    with open(source, "rb") as plain:
+        origin = open_database(source, wait, clock)
         try:
-            copy.execute("PRAGMA journal_mode = OFF")
-            copy.execute("PRAGMA synchronous = OFF")
-            origin.backup(copy)  # in one step: a writer cannot make it start again
+            copy = sqlite3.connect(target, isolation_level=None)
+            try:
+                copy.execute("PRAGMA journal_mode = OFF")
+                copy.execute("PRAGMA synchronous = OFF")
+                origin.backup(copy)  # in one step: a writer cannot make it start again
+            finally:
+                copy.close()
+            head = plain.read(DATABASE_HEAD)
         finally:
-            copy.close()
-    finally:
-        origin.close()
+            origin.close()
+    restore_head(target, head)
     return check_database(target)
+
+
+def restore_head(path: str, head: bytes) -> None:
+    """Give a copied database the counters of its source, which the backup API sets anew.
+
+    So the copy of a database at rest is the same bit for bit.  Where the log holds a newer first
+    page, `head` is of another state, and the copy is left as it is.
+    """
+    with open(path, "r+b") as file:
+        found = bytearray(file.read(DATABASE_HEAD))
+        for start, end in ((24, 28), (40, 44), (92, 100)):  # change counter, schema cookie, valid-for and version
+            found[start:end] = head[start:end]
+        if found == head:
+            file.seek(0)
+            file.write(head)
 
 
 def check_database(path: str) -> str:
@@ -3610,11 +3627,12 @@ def plan_targets(probes: Sequence[Probe], known: Sequence[Known]) -> tuple[list[
 def _plan_target(hello: Hello, addresses: tuple[Address, ...], folder: str, taken: set[str]) -> Target:
     note = ""
     if not folder:
-        folder = name_folder(addresses[0])
-        if folder in taken:
-            note = f"{addresses[0]} is another node than the one whose copies are in {folder}"
-            folder = f"{folder}-{hello.identity[:8]}"
-            note += f"; its copies go to {folder}"
+        first = addresses[0]
+        plain = name_folder(first.host)
+        names = [plain, f"{plain}-{first.port}"] if first.port != PORT else [plain]
+        folder = next((name for name in names if name not in taken), f"{plain}-{hello.identity[:8]}")
+        if plain in taken:
+            note = f"another node than the one whose copies are in {plain}; its copies go to {folder}"
         taken.add(folder)
     return Target(hello, addresses, folder, note)
 
@@ -4228,7 +4246,8 @@ class Pull:
         if content.grade == "torn":
             self.intake.tally.add("torn")
         slot.finish(content)
-        self.intake.tally.add("changed")
+        if slot.entry and (slot.old is None or slot.old.read != slot.entry.read):
+            self.intake.tally.add("changed")
         key = slot.stat.link_key
         if key and slot.entry:
             self.links.put(key, slot.line + b"\t" + slot.entry.read)
@@ -4372,7 +4391,7 @@ class Copier:
         peer = Peer(self.wire, target.addresses[0], self.settings.answer_timeout)
         try:
             intake = self.intakes[target.folder] = Intake(peer, reader, writer, self.settings)
-            for sentence in damaged:
+            for sentence in filter(None, [target.note, *damaged]):
                 intake.tally.note("", sentence)
             start = Snapshot(
                 name=name_time(self.wire.clock.now()),
@@ -4432,7 +4451,7 @@ class Copier:
 
     def _save_part(self, intake: Intake, folder: NodeFolder, snapshot: Snapshot) -> Snapshot | None:
         """Keep what arrived of a pull that was cut off; None where nothing did."""
-        if not intake.tally.counts["changed"] and not intake.writer.size:
+        if not intake.tally.counts["changed"] and not intake.writer.added:
             return None
         blocks = intake.blocks.close()
         intake.seal()

@@ -1,0 +1,169 @@
+"""What the tests share: real processes of both roles, on addresses of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+PROGRAM = HERE.parent / "zbackup.py"
+sys.path.insert(0, str(HERE.parent))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "alone: measures memory or time; not run beside other tests")
+
+
+def wait_until(condition: Any, timeout: float = 20.0, what: str = "the condition") -> None:
+    """Wait until `condition()` is true; fail the test when it never is."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come true within {timeout} s"
+        time.sleep(0.02)
+
+
+class Process:
+    """A zbackup process in the background."""
+
+    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> None:
+        self.log = cwd / f"process-{time.monotonic_ns()}.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(PROGRAM), *arguments], cwd=cwd, env=env, stdout=log, stderr=log
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal; returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(20)
+
+    def kill(self) -> None:
+        """End it as a power cut would, as far as the process goes."""
+        self.stop(signal.SIGKILL)
+
+
+class World:
+    """A folder with a store, nodes and a port of their own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.port = find_free_port()
+        self.store = path / "backups"
+        self.files = path / "files"
+        self.files.mkdir()
+        self.env = {**os.environ, "XDG_STATE_HOME": str(path / "state"), "PYTHONUNBUFFERED": "1", "TZ": "UTC"}
+        self.nodes: list[Process] = []
+
+    def run(self, *arguments: str, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run one command to its end; checks its exit code and that it shows no traceback."""
+        done = subprocess.run(
+            [sys.executable, str(PROGRAM), *arguments],
+            cwd=self.path,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            errors="surrogateescape",
+            **options,
+        )
+        said = f"{arguments}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in said, said
+        if code is not None:
+            assert done.returncode == code, f"exit code {done.returncode}, not {code}: {said}"
+        return done
+
+    def node(self, *arguments: str, address: str = "127.0.0.9", wait: bool = True) -> Process:
+        """Start a node and wait until it serves."""
+        flags = ["node", "--bind", address, "--port", str(self.port), *arguments]
+        if "--file" not in arguments:
+            flags += ["--file", "files"]
+        node = Process(flags, self.path, self.env)
+        self.nodes.append(node)
+        if wait:
+            wait_until(lambda: "serving" in node.output or node.process.poll() is not None, what="the node")
+            assert node.process.poll() is None, node.output
+        return node
+
+    def server_flags(self, *arguments: str) -> list[str]:
+        """Return the flags of one sweep over 127.0.0.9 unless the arguments name addresses."""
+        where = [] if {"--range", "--host", "--network"} & set(arguments) else ["--range", "9"]
+        return ["server", "--once", "--port", str(self.port), *where, *arguments]
+
+    def sweep(self, *arguments: str, code: int | None = 0) -> dict[str, Any]:
+        """Make one sweep; returns its JSON report."""
+        done = self.run(*self.server_flags("--json", *arguments), code=code)
+        report: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
+        report["stderr"] = done.stderr
+        return report
+
+    def server(self, *arguments: str) -> Process:
+        """Start one sweep in the background."""
+        server = Process(self.server_flags(*arguments), self.path, self.env)
+        self.nodes.append(server)
+        return server
+
+    def listed(self, *arguments: str) -> list[dict[str, str]]:
+        """Return the rows of `list`."""
+        rows: list[dict[str, str]] = json.loads(self.run("list", *arguments, "--json").stdout)
+        return rows
+
+    def restore(self, *arguments: str, to: str = "restored", code: int | None = 0) -> Path:
+        """Restore node 127.0.0.9 or what the arguments name; returns the folder."""
+        names = list(arguments) if arguments and not arguments[0].startswith("-") else [FOLDER, *arguments]
+        self.run("restore", *names, "--to", to, code=code)
+        return self.path / to
+
+    def close(self) -> None:
+        for node in self.nodes:
+            if node.process.poll() is None:
+                node.process.kill()
+                node.process.wait()
+
+
+FOLDER = "127.0.0.9"  # where the copies of a node at the first address are
+
+
+def find_free_port() -> int:
+    """Return a TCP port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def make_database(path: Path, rows: int = 1000, wal: bool = False) -> sqlite3.Connection:
+    """Make a SQLite database with a table t(a, b); returns the open connection."""
+    connection = sqlite3.connect(path, timeout=30)
+    if wal:
+        connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("CREATE TABLE t (a INTEGER PRIMARY KEY, b BLOB)")
+    connection.executemany("INSERT INTO t VALUES (?, ?)", ((i, os.urandom(100)) for i in range(rows)))
+    connection.commit()
+    return connection
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.close()

@@ -1,0 +1,23 @@
+#!/bin/sh
+# Run every check of zbackup in a virtual environment of its own; arguments go to pytest.
+set -eu
+cd "$(dirname "$0")/.."
+venv=${ZBACKUP_VENV:-.venv}
+python=${PYTHON:-python3}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if ! cmp -s tests/requirements.txt "$venv/requirements.done"; then
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+    cp tests/requirements.txt "$venv/requirements.done"
+fi
+"$venv/bin/ruff" check zbackup.py tests
+"$venv/bin/ruff" format --check --quiet zbackup.py tests
+"$venv/bin/mypy" --strict zbackup.py
+if [ $# -gt 0 ]; then
+    exec "$venv/bin/python" -m pytest "$@"
+fi
+rm -f .coverage .coverage.*
+# In two lots: what measures memory and time must have the machine to itself.
+"$venv/bin/python" -m coverage run -m pytest -q -n 2 -m "not alone" tests
+"$venv/bin/python" -m coverage run -m pytest -q -m alone tests
+"$venv/bin/python" -m coverage combine --quiet
+"$venv/bin/python" -m coverage report --fail-under=95
