@@ -398,7 +398,7 @@ def _compress(codec: int, data: bytes, level: int) -> bytes:
     if codec == ZSTD:
         packed: bytes = load_zstd().compress(data, level)
         return packed
-    return zlib.compress(data, level)
+    return zlib.compress(data, min(level, 9))
 
 
 def _shrinks(codec: int, sample: bytes, level: int) -> bool:
@@ -5235,20 +5235,33 @@ def format_entry(entry: Entry) -> list[str]:
 
 # ==== 13. COMMANDS: flags, signals, the clock; the only chapter that prints ====
 
-EXAMPLES = """\
-examples:
-  on each machine, serve a database and the home folders:
-    python zbackup.pyz node --file files/bd --file /home --exclude '*.tmp' --exclude node_modules/
-  on the server, copy what answers at 127.0.0.9 to .12, now and every hour:
-    python zbackup.pyz server --range 9-12
-  the same once, from cron, with a word only when something is wrong:
-    python zbackup.pyz server --range 9-12 --store /srv/backups --once --quiet
-  what is there, and back with it:
-    python zbackup.pyz list
-    python zbackup.pyz list 127.0.0.9 files/bd
-    python zbackup.pyz restore 127.0.0.9 files/bd --to /tmp/back --at 3d
-    python zbackup.pyz cat 127.0.0.9 files/bd --at 2026-11-23 > bd
+EXAMPLES = {
+    "node": """\
+serve a database and the home folders, but no temporary files:
+  python zbackup.pyz node --file files/bd --file /home --exclude '*.tmp' --exclude node_modules/
+make a database write its dump before each copy:
+  python zbackup.pyz node --file /var/backups/db.sql --before 'pg_dump mydb > /var/backups/db.sql'""",
+    "server": """\
+copy what answers at 127.0.0.9 to .12, now and every hour:
+  python zbackup.pyz server --range 9-12
+once, from cron, with a word only when something is wrong:
+  python zbackup.pyz server --network 192.168.1 --range 9-99 --store /srv/backups --once --quiet""",
+    "list": """\
+nodes; snapshots of a node; versions of a file; files of a snapshot:
+  python zbackup.pyz list
+  python zbackup.pyz list 127.0.0.9
+  python zbackup.pyz list 127.0.0.9 files/bd
+  python zbackup.pyz list 127.0.0.9 --at 3d""",
+    "restore": """\
+a file as it was three days ago, all files as they are in the newest snapshot:
+  python zbackup.pyz restore 127.0.0.9 files/bd --to /tmp/back --at 3d
+  python zbackup.pyz restore 127.0.0.9 --to /tmp/back""",
+    "cat": """\
+a file as it was at the end of a day:
+  python zbackup.pyz cat 127.0.0.9 files/bd --at 2026-11-23 > bd""",
+}
 
+EXIT_CODES = """\
 exit codes: 0 all good; 1 a node failed, or a copy is torn or partial; 2 wrong usage;
 3 a known node is missing for longer than --stale; 4 the store is damaged, full or locked;
 5 no node answered; 130 interrupted (what arrived is kept for the next run)"""
@@ -5267,6 +5280,12 @@ def parse_span(text: str) -> float:
     return sum(float(number) * SPANS[unit] for number, unit in parts)
 
 
+def write_span(seconds: float) -> str:
+    """Return a span of time as parse_span reads it."""
+    units = [(unit, SPANS[unit]) for unit in ("d", "h", "m", "s") if seconds % SPANS[unit] == 0]
+    return f"{seconds / units[0][1]:g}{units[0][0]}" if units and seconds else f"{seconds * 1000:g}ms"
+
+
 def parse_size(text: str) -> int:
     """Return bytes from `64MiB`, `64M`, `1G` or a bare number; all in powers of 1024."""
     match = re.fullmatch(r"(\d+)\s*([kmgt]?)(i?b)?", text.lower())
@@ -5275,10 +5294,22 @@ def parse_size(text: str) -> int:
     return int(match[1]) << 10 * SIZES[match[2]]
 
 
+def write_size(size: int) -> str:
+    """Return a size as parse_size reads it."""
+    return f"{size >> 20}MiB" if size % (1 << 20) == 0 else str(size)
+
+
 def parse_count(text: str) -> int:
     """Return a whole number above zero."""
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def parse_level(text: str) -> int:
+    """Return a level of compression."""
+    if not re.fullmatch(r"[0-9]{1,2}", text) or not 0 < int(text) < 20:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a level from 1 to 19")
     return int(text)
 
 
@@ -5824,185 +5855,109 @@ class Parser(argparse.ArgumentParser):
         return shlex.split(arg_line, comments=True)
 
 
+METAVARS: dict[Any, str] = {
+    parse_span: "SPAN",
+    parse_size: "SIZE",
+    parse_count: "N",
+    parse_level: "N",
+    parse_port: "PORT",
+}
+
+
+def add_values(parser: Any, rows: Iterable[tuple[str, Callable[[str], Any], Any, str]]) -> None:
+    """Add flags that take one value: name, how it is read, default, what it is."""
+    for name, read, default, words in rows:
+        shown = {"SPAN": write_span, "SIZE": write_size}.get(METAVARS[read], str)(default)
+        parser.add_argument(name, type=read, default=default, metavar=METAVARS[read], help=f"{words} (default {shown})")
+
+
+def add_words(parser: Any, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Add flags that take one word, empty unless given: name, what it stands for, what it is."""
+    for name, metavar, words in rows:
+        parser.add_argument(name, default="", metavar=metavar, help=words)
+
+
+def add_switches(parser: Any, rows: Iterable[tuple[str, str]]) -> None:
+    """Add flags that take no value: name, what it does."""
+    for name, words in rows:
+        short = ["-q"] if name == "--quiet" else []
+        parser.add_argument(name, *short, action="store_true", help=words)
+
+
 def add_node_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `node`."""
-    add = parser.add_argument
-    add(
-        "--file",
-        action="append",
-        metavar="PATH",
-        help=f"a file, folder or 'glob' to serve; may be given several times (default {FILE})",
-    )
-    add(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave out what matches, as in a .gitignore; may be given several times",
-    )
-    add("--one-file-system", action="store_true", help="do not go into other filesystems mounted below a folder")
-    add("--port", type=parse_port, default=PORT, help="TCP port to listen at (default %(default)s)")
-    add("--bind", default="*", metavar="ADDRESS", help="address to listen at (default '*', all of this machine)")
-    add("--name", default="", help="what the server calls this machine in its reports (default: the host name)")
-    add("--before", default="", metavar="CMD", help="shell command run before each copy; if it fails, so does the copy")
-    add("--after", default="", metavar="CMD", help="shell command run after each copy, also after one that failed")
-    add(
-        "--insecure",
-        action="store_true",
-        help="answer any machine, not only this one; everyone on the network can then read the files",
-    )
-    add(
-        "--state",
-        default="",
-        metavar="DIR",
-        help="where the node keeps its identity and frozen copies of databases (default ~/.local/state/zbackup)",
-    )
-    more = parser.add_argument_group("limits, rarely changed")
-    add_common_flags(parser, more)
-    add = more.add_argument
-    add(
-        "--margin",
-        type=parse_span,
-        default=MARGIN,
-        help="files younger than this are read again next time, whatever their times say (default %(default)s s)",
-    )
-    add("--sessions", type=parse_count, default=SESSIONS, help="servers served at once (default %(default)s)")
-    add(
-        "--session-timeout",
-        type=parse_span,
-        default=SESSION_TIMEOUT,
-        help="a server that asks nothing for so long is gone (default %(default)s s)",
-    )
-    add(
-        "--locked-timeout",
-        type=parse_span,
-        default=LOCKED_TIMEOUT,
-        help="how long to wait for a locked SQLite database (default %(default)s s)",
-    )
-    add(
-        "--working-every",
-        type=parse_span,
-        default=WORKING_EVERY,
-        help="pause between two 'still working' (default %(default)s s)",
-    )
-
-
-def add_common_flags(parser: argparse.ArgumentParser, more: Any) -> None:
-    """Add the flags that both roles have."""
-    parser.add_argument("--quiet", "-q", action="store_true", help="print problems only")
-    parser.add_argument(
-        "--log-file", default="", metavar="FILE", help="append all messages, with their times, to a file"
-    )
-    more.add_argument(
-        "--level", type=parse_count, default=LEVEL, help="compression level of zstd or zlib (default %(default)s)"
-    )
-    more.add_argument(
-        "--heartbeat",
-        type=parse_span,
-        default=HEARTBEAT,
-        help="pause between the pings that find a dead peer (default %(default)s s)",
-    )
+    files = f"a file, folder or 'glob' to serve; repeatable (default {FILE})"
+    parser.add_argument("--file", action="append", metavar="PATH", help=files)
+    excludes = "leave out what matches, as in a .gitignore; repeatable"
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=excludes)
+    bind = "address to listen at (default '*': all of this machine's)"
+    parser.add_argument("--bind", default="*", metavar="ADDRESS", help=bind)
+    add_values(parser, [("--port", parse_port, PORT, "TCP port to listen at")])
+    words = [
+        ("--name", "NAME", "what reports call this machine (default: its host name)"),
+        ("--before", "CMD", "shell command run before each copy; if it fails, so does the copy"),
+        ("--after", "CMD", "shell command run after each copy, also after one that failed"),
+        ("--state", "DIR", "where the identity and frozen copies are kept (default ~/.local/state/zbackup)"),
+        ("--log-file", "FILE", "append all messages, with their times, to a file"),
+    ]
+    add_words(parser, words)
+    switches = [
+        ("--one-file-system", "do not go into other filesystems mounted below a folder"),
+        ("--insecure", "answer any machine, not only this one: all on the network can read the files"),
+        ("--quiet", "print problems only"),
+    ]
+    add_switches(parser, switches)
+    limits = [
+        ("--level", parse_level, LEVEL, "compression level of zstd or zlib"),
+        ("--heartbeat", parse_span, HEARTBEAT, "pause between the pings that find a dead peer"),
+        ("--margin", parse_span, MARGIN, "files younger than this are read again next time, whatever their times say"),
+        ("--sessions", parse_count, SESSIONS, "servers served at once"),
+        ("--session-timeout", parse_span, SESSION_TIMEOUT, "a server that asks nothing for so long is gone"),
+        ("--locked-timeout", parse_span, LOCKED_TIMEOUT, "how long to wait for a locked SQLite database"),
+        ("--working-every", parse_span, WORKING_EVERY, "pause between two signs that long work goes on"),
+    ]
+    add_values(parser.add_argument_group("limits, rarely changed"), limits)
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `server`."""
-    add = parser.add_argument
-    add("--range", type=parse_range, metavar="RANGE", help="last parts of the addresses: 9, 9-12 or 9,12,20-30")
-    add("--network", metavar="NET", help=f"192.168.1 or 192.168.1.0/24 (default {NETWORK})")
-    add(
-        "--host",
-        type=parse_host,
-        action="append",
-        default=[],
-        metavar="NAME[:PORT]",
-        help="a machine by name, IPv4 or [IPv6]; may be given several times",
-    )
-    add("--port", type=parse_port, default=PORT, help="TCP port of the nodes (default %(default)s)")
+    numbers = "last parts of the addresses: 9, 9-12 or 9,12,20-30"
+    parser.add_argument("--range", type=parse_range, metavar="RANGE", help=numbers)
+    parser.add_argument("--network", metavar="NET", help=f"192.168.1 or 192.168.1.0/24 (default {NETWORK})")
+    hosts = "a machine by name, IPv4 or [IPv6]; repeatable"
+    parser.add_argument("--host", type=parse_host, action="append", default=[], metavar="NAME[:PORT]", help=hosts)
     add_store_flag(parser)
-    add(
-        "--every",
-        type=parse_span,
-        default=EVERY,
-        metavar="SPAN",
-        help="time from the start of one sweep to the next (default 1h)",
-    )
-    add("--once", action="store_true", help="make one sweep and end with its exit code")
-    add("--jobs", type=parse_count, default=JOBS, metavar="N", help="nodes copied at once (default %(default)s)")
-    add(
-        "--timeout",
-        type=parse_span,
-        default=HELLO_TIMEOUT,
-        metavar="SPAN",
-        help="how long an address may take to say that it is alive (default 1s)",
-    )
-    add(
-        "--stale",
-        type=parse_span,
-        default=STALE,
-        metavar="SPAN",
-        help="how long a known node may be missing before the exit code is 3 (default 3d)",
-    )
-    add(
-        "--no-latest",
-        dest="latest",
-        action="store_false",
-        help="keep no plain files of the newest version beside the store",
-    )
-    add("--checksum", action="store_true", help="trust no timestamps: compare the content of all files")
-    add("--json", action="store_true", help="print one JSON object for each sweep")
-    more = parser.add_argument_group("limits, rarely changed")
-    add_common_flags(parser, more)
-    add = more.add_argument
-    add(
-        "--window",
-        type=parse_size,
-        default=WINDOW,
-        metavar="SIZE",
-        help="bytes asked of a node and not yet received (default 8MiB)",
-    )
-    add(
-        "--tries",
-        type=parse_count,
-        default=TRIES,
-        metavar="N",
-        help="readings of a file that keeps changing (default %(default)s)",
-    )
-    add(
-        "--pause",
-        type=parse_span,
-        default=PAUSE,
-        metavar="SPAN",
-        help="pause before the second of them, then doubled (default %(default)s s)",
-    )
-    add(
-        "--answer-timeout",
-        type=parse_span,
-        default=ANSWER_TIMEOUT,
-        metavar="SPAN",
-        help="how long a node may be mute (default %(default)s s)",
-    )
-    add(
-        "--freeze-timeout",
-        type=parse_span,
-        default=FREEZE_TIMEOUT,
-        metavar="SPAN",
-        help="how long a node may work on one question, --before included (default 1h)",
-    )
-    add(
-        "--hellos-at-once",
-        type=parse_count,
-        default=HELLOS_AT_ONCE,
-        metavar="N",
-        help="addresses asked at once (default %(default)s)",
-    )
-    add("--pack-size", type=parse_size, default=PACK_SIZE, metavar="SIZE", help="size of a pack file (default 64MiB)")
-    add(
-        "--pack-chunks",
-        type=parse_count,
-        default=PACK_CHUNKS,
-        metavar="N",
-        help="chunks in a pack file at most (default %(default)s)",
-    )
+    values = [
+        ("--port", parse_port, PORT, "TCP port of the nodes"),
+        ("--every", parse_span, EVERY, "time from the start of one sweep to the next"),
+        ("--timeout", parse_span, HELLO_TIMEOUT, "how long an address may take to say that it is alive"),
+        ("--jobs", parse_count, JOBS, "nodes copied at once"),
+        ("--stale", parse_span, STALE, "how long a known node may be missing before the exit code is 3"),
+    ]
+    add_values(parser, values)
+    switches = [
+        ("--once", "make one sweep and end with its exit code"),
+        ("--checksum", "trust no timestamps: compare the content of all files"),
+        ("--quiet", "print problems only"),
+        ("--json", "print one JSON object for each sweep"),
+    ]
+    add_switches(parser, switches)
+    no_latest = "keep no plain files of the newest version beside the packs"
+    parser.add_argument("--no-latest", dest="latest", action="store_false", help=no_latest)
+    add_words(parser, [("--log-file", "FILE", "append all messages, with their times, to a file")])
+    limits = [
+        ("--level", parse_level, LEVEL, "compression level of zstd or zlib"),
+        ("--heartbeat", parse_span, HEARTBEAT, "pause between the pings that find a dead peer"),
+        ("--window", parse_size, WINDOW, "bytes asked of a node and not yet received"),
+        ("--tries", parse_count, TRIES, "readings of a file that keeps changing"),
+        ("--pause", parse_span, PAUSE, "pause before the second reading, then doubled"),
+        ("--answer-timeout", parse_span, ANSWER_TIMEOUT, "how long a node may be mute"),
+        ("--freeze-timeout", parse_span, FREEZE_TIMEOUT, "how long one question may take a node, --before included"),
+        ("--hellos-at-once", parse_count, HELLOS_AT_ONCE, "addresses asked at once"),
+        ("--pack-size", parse_size, PACK_SIZE, "size of a pack file"),
+        ("--pack-chunks", parse_count, PACK_CHUNKS, "chunks in a pack file at most"),
+    ]
+    add_values(parser.add_argument_group("limits, rarely changed"), limits)
 
 
 def add_store_flag(parser: argparse.ArgumentParser) -> None:
@@ -6020,7 +5975,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="zbackup",
         formatter_class=formatter,
         description="Back up the machines of a LAN to one server, every version.",
-        epilog=EXAMPLES,
+        epilog="examples:\n" + "\n".join(EXAMPLES.values()) + "\n\n" + EXIT_CODES,
         fromfile_prefix_chars="@",
     )
     parser.add_argument("--version", action="version", version=f"zbackup {VERSION}")
@@ -6028,7 +5983,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = commands.add_parser(
-            name, help=words, description=words, fromfile_prefix_chars="@"
+            name,
+            help=words,
+            description=words,
+            epilog=f"examples:\n{EXAMPLES[name]}\n\n{EXIT_CODES}",
+            formatter_class=formatter,
+            fromfile_prefix_chars="@",
         )
         command.set_defaults(run=run)
         return command
@@ -6047,9 +6007,12 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("path", nargs="*", metavar="PATH", help="what to restore (default: all)")
     command.add_argument("--to", required=True, metavar="DIR", help="the folder to restore into; made at need")
     command.add_argument("--at", metavar="WHEN", help=f"which version: {WHEN_HELP} (default latest)")
-    command.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    command.add_argument("--numeric-ids", action="store_true", help="set owners by number, not by name")
-    command.add_argument("--quiet", "-q", action="store_true", help="print problems only")
+    switches = [
+        ("--overwrite", "replace files that exist"),
+        ("--numeric-ids", "set owners by number, not by name"),
+        ("--quiet", "print problems only"),
+    ]
+    add_switches(command, switches)
     command = add("cat", run_cat, "Write one file of a node to standard output.")
     add_store_flag(command)
     command.add_argument("node", metavar="NODE", help="folder, address or host name of a node")
