@@ -210,6 +210,15 @@ def explain(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def explain_fault(error: Exception) -> str:
+    """Return a sentence about an error that nobody foresaw: where it was, for the report of a bug."""
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    line = frame.tb_lineno if frame else 0
+    return f"a fault of zbackup {VERSION} itself, please report it: {type(error).__name__} at line {line}: {error}"
+
+
 # ==== 3. RECORDS: the nouns, and each format beside its struct ====
 
 
@@ -1722,7 +1731,7 @@ class Index:
                     "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?)",
                     ((digest, pack, record, place) for digest, record, place in rows),
                 )
-        self.list_packs()
+                self._names[pack] = name
 
     def drop_pack(self, name: str) -> None:
         """Forget a pack that is gone."""
@@ -1731,7 +1740,7 @@ class Index:
             if row:
                 self._connection.execute("DELETE FROM chunks WHERE pack = ?", row)
                 self._connection.execute("DELETE FROM packs WHERE id = ?", row)
-        self.list_packs()
+                self._names.pop(row[0], None)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -3340,6 +3349,8 @@ class Session:
             return self._error(message, "wrong", str(error))
         except OSError as error:
             return self._error(message, "failed", f"{explain(error)} on the node")
+        except Exception as error:  # a fault of ours must not leave the server waiting
+            return self._error(message, "fault", explain_fault(error))
 
     @staticmethod
     def _error(message: Message, code: str, sentence: str) -> list[bytes]:
@@ -4382,6 +4393,8 @@ class Copier:
         except OSError as error:
             sentence = f"the store cannot be used: {explain(error)}"
             return replace(report, error=sentence, exit_code=StoreError.exit_code)
+        except Exception as error:  # a fault of ours must not end the other nodes' copies, nor go unseen
+            return replace(report, error=explain_fault(error), exit_code=BackupError.exit_code)
 
     def _copy(self, target: Target, folder: NodeFolder, report: NodeReport) -> NodeReport:
         self._save_known(target, folder)
@@ -6023,7 +6036,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    import signal
+
     try:
+        with contextlib.suppress(ValueError):  # not the main thread: somebody else's program
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half files are removed
         args = make_parser().parse_args(arguments)
         code: int = args.run(args)
         sys.stdout.flush()
