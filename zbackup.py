@@ -120,6 +120,8 @@ DIGEST = 32  # bytes of a SHA-256
 LIST_SPAN = 1024  # chunks named by one list: 1 GiB of a file, so that memory stays flat
 MOST_SOURCES = 16  # chunks that one patch may draw from before it is written whole again
 PATH_LIMIT = 32768  # bytes of one path; folders opened one by one may nest beyond PATH_MAX
+FILE_LIMIT = 1 << 50  # bytes of one file, mostly holes: 1 PiB names a million lists
+OWNER_LIMIT = (1 << 32) - 2  # of user and group numbers; the next one means "none" to chown(2)
 
 # Limits against a hostile or broken peer.
 HEAD_LIMIT = 4 << 20  # bytes of a message's JSON head
@@ -518,8 +520,8 @@ def decode_stat(line: bytes) -> Stat:
             path=fields.path("path"),
             kind=kind,
             mode=fields.integer("mode", high=0o7777),
-            uid=fields.integer("uid", high=1 << 32),
-            gid=fields.integer("gid", high=1 << 32),
+            uid=fields.integer("uid", high=OWNER_LIMIT),
+            gid=fields.integer("gid", high=OWNER_LIMIT),
             user=fields.text("user"),
             group=fields.text("group"),
             size=fields.integer("size", 0),
@@ -755,11 +757,13 @@ def decode_footer(footer: bytes, proof: bytes) -> Iterator[tuple[int, list[bytes
     if hashlib.sha256(footer).digest() != proof:
         raise FormatError("the index at the end of the pack is damaged")
     at = 0
-    while at + FOOTER_ROW.size <= len(footer):
-        offset, _, count = FOOTER_ROW.unpack_from(footer, at)
-        at += FOOTER_ROW.size
-        yield offset, [footer[i : i + DIGEST] for i in range(at, at + count * DIGEST, DIGEST)]
-        at += count * DIGEST
+    while at < len(footer):
+        start = at + FOOTER_ROW.size
+        offset, _, count = FOOTER_ROW.unpack(footer[at:start].ljust(FOOTER_ROW.size, b"\xff"))
+        at = start + count * DIGEST
+        if at > len(footer):
+            raise FormatError("the index at the end of the pack is cut off")
+        yield offset, [footer[i : i + DIGEST] for i in range(start, at, DIGEST)]
 
 
 def encode_patch(runs: Sequence[Run]) -> bytes:
@@ -779,7 +783,7 @@ def decode_patch(data: bytes) -> tuple[Run, ...]:
         runs = tuple(Run(sources[i], offset, length) for i, offset, length in PATCH_RUN.iter_unpack(data[start:]))
     except (struct.error, IndexError):
         raise FormatError("a patch is cut off or names a source that it has not") from None
-    if len(runs) != total or sum(run.length for run in runs) > CHUNK:
+    if len(data) < start or len(runs) != total or sum(run.length for run in runs) > CHUNK:
         raise FormatError("a patch is longer or shorter than it says")
     return runs
 
@@ -811,6 +815,7 @@ class Totals:
     torn: int = 0  # files that kept changing
 
 
+SNAPSHOT_GRADES = ("partial", "torn", "stable", "frozen")  # the worst first
 PROBLEMS_KEPT = 1000  # problems named in a snapshot; `failed` counts all
 
 
@@ -854,6 +859,8 @@ def decode_snapshot(data: bytes, folder: str, name: str) -> Snapshot:
     fields = Fields(data, f"the snapshot {folder}/{name}")
     if fields.integer("format") != FORMAT:
         raise FormatError(f"{fields.what} is of format {fields.integer('format')}, this zbackup knows {FORMAT}")
+    if fields.text("grade") not in SNAPSHOT_GRADES:
+        fields.wrong("grade")
     totals = Fields.inside(fields.values.get("totals", {}), f"{fields.what}: totals")
     problems = fields.items("problems", PROBLEMS_KEPT)
     if any(type(row) is not list or len(row) != 2 for row in problems):
@@ -865,7 +872,7 @@ def decode_snapshot(data: bytes, folder: str, name: str) -> Snapshot:
         started=fields.integer("started"),
         finished=fields.integer("finished"),
         grade=fields.text("grade"),
-        cut_off=fields.text("cut_off", ""),
+        cut_off=fields.text("cut_off", "", CHUNK),
         address=fields.text("address", ""),
         identity=fields.text("identity", ""),
         host=fields.text("host", ""),
@@ -878,8 +885,7 @@ def decode_snapshot(data: bytes, folder: str, name: str) -> Snapshot:
 
 def worst_grade(grades: Iterable[str]) -> str:
     """Return the grade of a whole whose parts have `grades`."""
-    order = ("partial", "torn", "stable", "frozen")
-    return min((grade for grade in grades if grade), key=order.index, default="stable")
+    return min((grade for grade in grades if grade), key=SNAPSHOT_GRADES.index, default="stable")
 
 
 # ---- addresses and nodes ----
@@ -924,6 +930,8 @@ def encode_known(known: Known) -> bytes:
 def decode_known(data: bytes, folder: str) -> Known:
     """Return the Known in a node.json."""
     fields = Fields(data, f"{folder}/node.json")
+    if fields.integer("format") != FORMAT:
+        raise FormatError(f"{fields.what} is of format {fields.integer('format')}, this zbackup knows {FORMAT}")
     return Known(
         folder=folder,
         identity=fields.text("identity"),
@@ -1244,9 +1252,10 @@ def load_identity(folder: str) -> str:
 
     path = os.path.join(folder, "identity")
     try:
-        make_folder(folder)
-        with contextlib.suppress(FileExistsError):
-            write_durably(path, secrets.token_hex(16).encode("ascii") + b"\n", replacing=False)
+        if not os.path.exists(path):
+            make_folder(folder)
+            with contextlib.suppress(FileExistsError):
+                write_durably(path, secrets.token_hex(16).encode("ascii") + b"\n", replacing=False)
         with open(path, encoding="ascii") as file:
             identity = file.read(100).strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -1493,7 +1502,8 @@ def decode_hello(message: Message) -> Hello:
         raise NodeError(show(fields.text("message")), fields.text("code", limit=20))
     protocol = fields.integer("protocol", 0)
     if protocol != PROTOCOL:
-        raise ProtocolError(f"speaks protocol {protocol}, this server {PROTOCOL}: copy the same zbackup.pyz to both")
+        sentence = f"speaks protocol {protocol}, this server {PROTOCOL}: copy the same zbackup.pyz to both"
+        raise ProtocolError(sentence, "refused")
     identity = fields.text("identity", limit=100)
     if message.kind != HELLO or not is_identity(identity):
         raise ProtocolError("did not answer HELLO with an identity")
@@ -2136,11 +2146,23 @@ class BlockWriter:
         return tuple(self.blocks)
 
 
-def list_entries(reader: Reader, blocks: Iterable[bytes]) -> Iterator[Entry]:
-    """Yield the entries of a snapshot's blocks, in order."""
+def list_entries(
+    reader: Reader, blocks: Iterable[bytes], on_damage: Callable[[BackupError], None] | None = None
+) -> Iterator[Entry]:
+    """Yield the entries of a snapshot's blocks, in order.
+
+    A block that cannot be read raises StoreError or FormatError; with `on_damage`, that gets the
+    error, and the next block follows.
+    """
     for digest in blocks:
-        for line in reader.get(digest).split(b"\n")[:-1]:
-            yield Entry.decode(line)
+        try:
+            entries = [Entry.decode(line) for line in reader.get(digest).split(b"\n")[:-1]]
+        except (StoreError, FormatError) as error:
+            if on_damage is None:
+                raise
+            on_damage(error)
+            continue
+        yield from entries
 
 
 class ListWriter:
@@ -2293,11 +2315,18 @@ def decode_progress(data: bytes) -> Progress:
     )
 
 
+def note_once(problems: list[str], sentence: str) -> None:
+    """Add a sentence to a list that does not have it."""
+    if sentence not in problems:
+        problems.append(sentence)
+
+
 class NodeFolder:
     """One node's folder: its snapshots and what is known of it."""
 
-    def __init__(self, store: str, name: str) -> None:
+    def __init__(self, store: str, name: str, problems: list[str]) -> None:
         self.name = name
+        self.problems = problems  # of the store: what is damaged
         self.path = os.path.join(store, name)
         self.snapshots = os.path.join(self.path, "snapshots")
 
@@ -2323,17 +2352,17 @@ class NodeFolder:
         with writing(self.path):
             write_durably(os.path.join(self.path, "node.json"), encode_known(known))
 
-    def list_snapshots(self) -> tuple[list[Snapshot], list[str]]:
-        """Return all snapshots in the order they were made, and a sentence for each damaged one."""
-        found, damaged = [], []
+    def list_snapshots(self) -> list[Snapshot]:
+        """Return all snapshots in the order they were made; a damaged one is noted as a problem."""
+        found = []
         with contextlib.suppress(FileNotFoundError):
             for name in sorted(os.listdir(self.snapshots)):
                 if name.endswith(".json") and not name.startswith("."):
                     try:
                         found.append(self.load_snapshot(name[:-5]))
                     except (FormatError, OSError) as error:
-                        damaged.append(f"snapshot {self.name}/{name[:-5]} cannot be read: {error}")
-        return sorted(found, key=lambda snapshot: snapshot.sequence), damaged
+                        note_once(self.problems, f"snapshot {self.name}/{name[:-5]} cannot be read: {error}")
+        return sorted(found, key=lambda snapshot: snapshot.sequence)
 
     def load_snapshot(self, name: str) -> Snapshot:
         """Return one snapshot."""
@@ -2407,18 +2436,27 @@ class Store:
 
     def node(self, name: str) -> NodeFolder:
         """Return a node's folder, which need not exist."""
-        return NodeFolder(self.path, name)
+        return NodeFolder(self.path, name, self.problems)
 
     def list_nodes(self) -> list[Known]:
         """Return all nodes that have a folder, by name."""
-        found = []
-        for name in sorted(os.listdir(self.path)):
-            if os.path.exists(os.path.join(self.path, name, "node.json")):
-                try:
-                    found.append(self.node(name).load_known())
-                except (FormatError, OSError) as error:
-                    self.problems.append(f"{name}/node.json cannot be read: {error}")
-        return found
+        return [self._load_known(name) for name in sorted(os.listdir(self.path)) if self._is_node(name)]
+
+    def _is_node(self, name: str) -> bool:
+        return os.path.isdir(os.path.join(self.path, name, "snapshots"))
+
+    def _load_known(self, name: str) -> Known:
+        """Return what is known of a node: its snapshots tell too, should its node.json be lost."""
+        try:
+            return self.node(name).load_known()
+        except (FormatError, OSError) as error:
+            reason = explain(error) if isinstance(error, OSError) else error
+            note_once(self.problems, f"{name}/node.json cannot be read: {reason}")
+        snapshots = self.node(name).list_snapshots()
+        if not snapshots:
+            return Known(name, "")
+        first, last = snapshots[0], snapshots[-1]
+        return Known(name, last.identity, last.host, (last.address,), first.started, last.started)
 
 
 def open_store(path: str, create: bool = False) -> Store:
@@ -2571,7 +2609,7 @@ def name_root(pattern: str, real: str, base: str) -> bytes:
     """Return the path under which a root is stored: relative where it was given so."""
     if not os.path.isabs(os.path.expanduser(pattern)):
         relative = os.path.relpath(real, base)
-        if relative != "." and not relative.startswith(".."):
+        if relative not in (".", "..") and not relative.startswith("../"):
             return os.fsencode(relative)
     return os.fsencode(os.path.abspath(real)).strip(b"/")
 
@@ -2589,7 +2627,10 @@ class Exclude:
         body = pattern.rstrip("/")
         anchored = "/" in body
         regex = ("" if anchored else "(?:.*/)?") + translate_glob(body.lstrip("/"))
-        return not negated, body != pattern, re.compile(regex, re.DOTALL)
+        try:
+            return not negated, body != pattern, re.compile(regex, re.DOTALL)
+        except re.error as error:
+            raise UsageError(f"--exclude {show(pattern)}: {error}") from None
 
     def matches(self, path: bytes, is_folder: bool) -> bool:
         """Tell whether `path` itself is excluded; the folders above it are asked on their own."""
@@ -2603,9 +2644,8 @@ class Exclude:
 
 def translate_glob(pattern: str) -> str:
     """Return the regular expression of a gitignore pattern (gitignore(5)) without its outer slashes."""
-    tokens = re.compile(r"(?P<deep>(?:^|(?<=/))\*\*/)|(?P<all>(?<=/)\*\*$)|\*+|\?|\[!?\]?[^]]*\]|\\.|.", re.DOTALL)
     parts = []
-    for match in tokens.finditer(pattern):
+    for match in GLOB_TOKEN.finditer(pattern):
         token = match.group()
         if match.group("deep"):
             parts.append("(?:.*/)?")
@@ -2615,12 +2655,40 @@ def translate_glob(pattern: str) -> str:
             parts.append("[^/]*")
         elif token == "?":
             parts.append("[^/]")
-        elif token[0] == "[" and len(token) > 2:
-            inside = token[1:-1].replace("\\", "\\\\").replace("[", "\\[")
-            parts.append("[" + ("^/" + inside[1:] if inside[0] == "!" else inside) + "]")
+        elif match.group("set"):
+            parts.append("(?!/)" + _translate_set(match.group("set")))
         else:
             parts.append(re.escape(token[-1]))
     return "".join(parts)
+
+
+GLOB_TOKEN = re.compile(
+    r"""(?P<deep>(?:^|(?<=/))\*\*/)      # **/ : any folders, or none
+    | (?P<all>(?<=/)\*\*$)              # /** at the end: all that is inside
+    | \[(?P<set>[!^]?\]?(?:\[:\w+:\]|\\.|[^]\\])*)\]
+    | \*+ | \\. | .""",
+    re.DOTALL | re.VERBOSE,
+)
+SET_NAMES = {
+    "alpha": "a-zA-Z",
+    "digit": "0-9",
+    "alnum": "a-zA-Z0-9",
+    "upper": "A-Z",
+    "lower": "a-z",
+    "space": r"\s",
+    "punct": "!-/:-@\\[-`{-~",
+    "xdigit": "0-9A-Fa-f",
+    "blank": " \t",
+}
+
+
+def _translate_set(inside: str) -> str:
+    """Return the regular expression of what stands between the brackets of a glob."""
+    negated = inside[:1] in ("!", "^")
+    parts = []
+    for name, escaped, plain in re.findall(r"\[:(\w+):\]|\\(.)|(.)", inside[negated:], re.DOTALL):
+        parts.append(SET_NAMES.get(name, "") if name else plain if plain == "-" else re.escape(escaped or plain))
+    return f"[{'^' if negated else ''}{''.join(parts)}]"
 
 
 class Spool:
@@ -2633,7 +2701,9 @@ class Spool:
         self.sqlite = threading.Lock()
         make_folder(path)
         found = os.stat(path)
-        self.inode = (found.st_dev, found.st_ino)  # never served
+        # Never served, by whatever way one comes to it.
+        self.inode = (found.st_dev, found.st_ino)
+        self.real = os.fsencode(os.path.realpath(path))
         self._clean()
 
     def _clean(self) -> None:
@@ -2658,6 +2728,8 @@ class Source:
         self._root: Root | None = None
         self._folders: Folders | None = None
         self._names: dict[tuple[str, int], str] = {}
+        self._devices: dict[bytes, int] = {}
+        self._reals: dict[bytes, bytes] = {}  # of the roots: symlinks above them may be followed
 
     def close(self) -> None:
         """Close all folders."""
@@ -2701,13 +2773,30 @@ class Source:
         return folders.parent(inside)
 
     def check(self, path: bytes) -> None:
-        """Raise FileNotFoundError when `path` is not to be served."""
+        """Raise FileNotFoundError when `path` lies where a scan does not go."""
         root = self._root_of(path)
-        rest = path[len(root.stored) :].strip(b"/").split(b"/") if path != root.stored else []
-        for depth in range(len(rest)):
-            above = b"/".join(filter(None, [root.stored, *rest[: depth + 1]]))
-            if self.exclude.matches(above, depth + 1 < len(rest)):
+        if path == root.stored:
+            return
+        above = path
+        while above and above != root.stored:
+            above = above.rpartition(b"/")[0]
+            if above != root.stored and self.exclude.matches(above, True):
                 raise FileNotFoundError(errno.ENOENT, "excluded on the node")
+        folder = self.parent(path)[0]
+        if root.stored not in self._reals:
+            self._reals[root.stored] = os.path.realpath(root.real)
+        real = os.path.join(self._reals[root.stored], path[len(root.stored) :].lstrip(b"/"))
+        if self.is_elsewhere(path, folder) or is_at_or_below(real, self.spool.real):
+            raise FileNotFoundError(errno.ENOENT, "not served by the node")
+
+    def is_elsewhere(self, path: bytes, folder: int) -> bool:
+        """Tell whether an open folder is on a filesystem that --one-file-system leaves out."""
+        if not self.settings.one_file_system:
+            return False
+        root = self._root_of(path)
+        if root.stored not in self._devices:
+            self._devices[root.stored] = os.lstat(root.real).st_dev
+        return os.fstat(folder).st_dev != self._devices[root.stored]
 
     # -- what a path is --
 
@@ -2750,6 +2839,7 @@ class Source:
             device=found.st_dev if found.st_nlink > 1 else 0,
             sparse=found.st_size > PAGE and found.st_blocks * 512 < found.st_size,
             fresh=max(found.st_mtime_ns, found.st_ctime_ns) > young,
+            error="is larger than 1 PiB, which no snapshot can hold" if found.st_size > FILE_LIMIT else "",
         )
 
     @staticmethod
@@ -2783,14 +2873,16 @@ class Source:
     # -- databases --
 
     def _is_companion(self, fd: int, name: bytes) -> bool:
-        return any(name.endswith(end) and self._has_magic(fd, name[: -len(end)]) for end in COMPANIONS)
+        return any(name.endswith(end) and self._is_database(fd, name[: -len(end)]) for end in COMPANIONS)
 
-    def _has_magic(self, fd: int, name: bytes) -> bool:
+    def _is_database(self, fd: int, name: bytes) -> bool:
         try:
             with self.spool.sqlite:
                 file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
                 try:
-                    return stat_bits.S_ISREG(os.fstat(file).st_mode) and os.read(file, 16) == DATABASE_MAGIC
+                    found = os.fstat(file)
+                    whole = stat_bits.S_ISREG(found.st_mode) and found.st_size % 512 == 0
+                    return whole and is_database_head(os.read(file, DATABASE_HEAD))
                 finally:
                     os.close(file)
         except OSError:
@@ -2799,7 +2891,7 @@ class Source:
     def look_at_database(self, stat: Stat, fd: int, name: bytes) -> Stat:
         """Return `stat` marked, with its log's state, when it is of a SQLite database."""
         # Only these sizes can be whole pages; reading the head of every file would cost a seek each.
-        if not stat.size or stat.size % 512 or not self._has_magic(fd, name):
+        if not stat.size or stat.size % 512 or not self._is_database(fd, name):
             return stat
         try:
             wal = os.lstat(name + b"-wal", dir_fd=fd)
@@ -2828,7 +2920,6 @@ def scan(source: Source) -> Iterator[Stat]:
 
 
 def _scan_root(source: Source, root: Root) -> Iterator[Stat]:
-    device = None
     stack: list[tuple[bytes, Iterator[bytes]]] = [(root.stored, iter([b""]))]
     while stack:
         folder, names = stack[-1]
@@ -2837,30 +2928,29 @@ def _scan_root(source: Source, root: Root) -> Iterator[Stat]:
             stack.pop()
             continue
         path = b"/".join(filter(None, [folder, name]))
-        stat, inside = _look(source, path, device)
-        if path == root.stored and source.settings.one_file_system:
-            device = os.lstat(root.real).st_dev
+        stat, inside = _look(source, path)
         if stat:
             yield stat
         if inside:
             stack.append((path, iter(inside)))
 
 
-def _look(source: Source, path: bytes, device: int | None) -> tuple[Stat | None, list[bytes]]:
+def _look(source: Source, path: bytes) -> tuple[Stat | None, list[bytes]]:
     """Return a path's Stat and, for a folder to go into, the names in it."""
-    if not path:  # the root is the filesystem's own: it has no entry
-        return None, sorted(map(os.fsencode, os.listdir(source.folder(path))))
     stat = None
     try:
-        stat = source.look(path)
-        if stat is None or stat.kind != "directory":
-            return stat, []
+        if path:  # else it is the filesystem's own root, which has no entry
+            stat = source.look(path)
+            if stat is None or stat.kind != "directory":
+                return stat, []
         fd = source.folder(path)
-        if device is not None and os.fstat(fd).st_dev != device:
+        if source.is_elsewhere(path, fd):
             return stat, []
+        if stat and len(path) + 256 > PATH_LIMIT:
+            return replace(stat, error=f"what it holds has paths too long for a snapshot ({PATH_LIMIT} bytes)"), []
         return stat, sorted(map(os.fsencode, os.listdir(fd)))
     except OSError as error:
-        if error.errno == errno.ENOENT:
+        if error.errno == errno.ENOENT or not path:
             return None, []
         return replace(stat or Stat(path, "file"), error=explain(error)), []
 
@@ -2868,17 +2958,63 @@ def _look(source: Source, path: bytes, device: int | None) -> tuple[Stat | None,
 # ---- freezing ----
 
 
+def is_database_head(head: bytes) -> bool:
+    """Tell whether a file that starts with `head` is a SQLite database that is not encrypted."""
+    size = int.from_bytes(head[16:18], "big")  # of a page; 1 stands for 65536
+    whole = len(head) == DATABASE_HEAD and head.startswith(DATABASE_MAGIC)
+    return whole and (size == 1 or (size >= 512 and size & (size - 1) == 0)) and head[21:24] == b"\x40\x20\x20"
+
+
 def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
     """Copy a live SQLite database by its backup API; returns what quick_check finds wrong.
 
-    `wait` is how long (s) to wait for a lock.  Raises sqlite3.Error; all transactions that
-    were committed before the call are in the copy.
+    `wait` is how long (s) to wait for a lock.  Raises sqlite3.Error or OSError; all transactions
+    that were committed before the call are in the copy, and nothing is left beside the source.
     """
     import sqlite3
 
-    # Closed last, since closing it drops the locks of this process.
+    for _ in range(TRIES):
+        way = choose_way(source)
+        before = stat_database(source)
+        try:
+            if way:
+                _backup(source, target, open_database(source, way, wait, clock))
+            else:
+                recover_database(source, target)
+        except sqlite3.OperationalError as error:
+            # A journal to be rolled back, or no right to make the log's index.
+            if "readonly" not in str(error) and "unable to open" not in str(error):
+                raise
+            recover_database(source, target)
+        if way != IMMUTABLE or before == stat_database(source):
+            return check_database(target)
+    raise OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
+
+
+IMMUTABLE, READONLY, RECOVER = "immutable=1", "mode=ro", ""  # ways to read a database
+
+
+def choose_way(path: str) -> str:
+    """Return how to read a database without leaving a log or a log's index beside it."""
+    with open(path, "rb") as file:
+        logged = file.read(20)[18:19] == b"\2"
+    if not logged:
+        return READONLY
+    if not any(found and found[0] for found in stat_database(path)[1:]):
+        return IMMUTABLE  # no program has it open, or none that has written
+    return READONLY if os.path.exists(path + "-shm") else RECOVER
+
+
+def stat_database(path: str) -> list[tuple[int, ...] | None]:
+    """Return size, times and inode of a database and of its log and journal."""
+    return [_stat_or_none(path + end) for end in ("", "-wal", "-journal")]
+
+
+def _backup(source: str, target: str, origin: sqlite3.Connection) -> None:
+    import sqlite3
+
+    # Opened after and closed last: closing it drops the locks that this process has on the source.
     with open(source, "rb") as plain:
-        origin = open_database(source, wait, clock)
         try:
             copy = sqlite3.connect(target, isolation_level=None)
             try:
@@ -2891,7 +3027,6 @@ def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
         finally:
             origin.close()
     restore_head(target, head)
-    return check_database(target)
 
 
 def restore_head(path: str, head: bytes) -> None:
@@ -2916,6 +3051,8 @@ def check_database(path: str) -> str:
     copy = sqlite3.connect(f"{make_uri(path)}?immutable=1", uri=True)
     try:
         said = str(copy.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.OperationalError:
+        return ""  # it uses what only its own program has, as a collation: nothing can be said
     except sqlite3.DatabaseError as error:
         said = str(error)
     finally:
@@ -2930,21 +3067,11 @@ def make_uri(path: str) -> str:
     return "file:" + urllib.parse.quote(os.fsencode(path))
 
 
-def open_database(path: str, wait: float, clock: Clock) -> sqlite3.Connection:
-    """Return a connection with a read transaction, so that what is committed stays as it is.
-
-    Read-only, unless that would leave a -wal or -shm beside a database that had none.
-    """
+def open_database(path: str, way: str, wait: float, clock: Clock) -> sqlite3.Connection:
+    """Return a connection with a read transaction, so that what is committed stays as it is."""
     import sqlite3
 
-    with open(path, "rb") as file:
-        head = file.read(20)
-    try:
-        busy = os.stat(path + "-wal").st_size > 0
-    except OSError:
-        busy = False
-    mode = "rw" if head[18:19] == b"\2" and not busy and os.access(path, os.W_OK) else "ro"
-    connection = sqlite3.connect(f"{make_uri(path)}?mode={mode}", uri=True, timeout=0, isolation_level=None)
+    connection = sqlite3.connect(f"{make_uri(path)}?{way}", uri=True, timeout=0, isolation_level=None)
     end = clock.monotonic() + wait
     while True:
         try:
@@ -2963,20 +3090,19 @@ def open_database(path: str, wait: float, clock: Clock) -> sqlite3.Connection:
             raise
 
 
-def recover_database(source: str, target: str) -> str:
-    """Copy a database that a crash left in the middle of a transaction, and let SQLite roll it back there.
+def recover_database(source: str, target: str) -> None:
+    """Copy a database that a crash left in the middle of a transaction, and let SQLite mend the copy.
 
     Raises OSError (EBUSY when something changed it meanwhile) or sqlite3.Error.
     """
     import shutil
     import sqlite3
 
-    ends = ("", "-journal", "-wal")
-    before = [_stat_or_none(source + end) for end in ends]
-    for end, found in zip(ends, before):
+    before = stat_database(source)
+    for end, found in zip(("", "-wal", "-journal"), before):
         if found:
             shutil.copyfile(source + end, target + end)
-    if before != [_stat_or_none(source + end) for end in ends]:
+    if before != stat_database(source):
         raise OSError(errno.EBUSY, "the SQLite database changed while it was copied")
     copy = sqlite3.connect(target, isolation_level=None)
     try:
@@ -2984,15 +3110,14 @@ def recover_database(source: str, target: str) -> str:
         copy.execute("SELECT count(*) FROM sqlite_master").fetchone()
     finally:
         copy.close()
-    return check_database(target)
 
 
-def _stat_or_none(path: str) -> tuple[int, int, int] | None:
+def _stat_or_none(path: str) -> tuple[int, ...] | None:
     try:
         found = os.stat(path)
     except FileNotFoundError:
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 # ---- reading ----
@@ -3028,7 +3153,7 @@ def decode_asks(message: Message) -> list[Ask]:
     for value in message.fields.items("files", READ_LIMIT):
         fields = Fields.inside(value, "a file of READ")
         size = fields.integer("pages", 0, high=CHUNK // PAGE) * PAGE_HASH
-        chunk = fields.integer("chunk", 0, high=1 << 43)
+        chunk = fields.integer("chunk", 0, high=FILE_LIMIT // CHUNK)
         asks.append(Ask(fields.path("path"), chunk, fields.integers("state", 6), body[at : at + size]))
         at += size
     if at != len(body):
@@ -3083,11 +3208,10 @@ class Files:
 
     def _open(self, path: bytes) -> Handle:
         self.source.check(path)
-        folder, name = self.source.parent(path)
-        found = os.lstat(name, dir_fd=folder)
-        if not stat_bits.S_ISREG(found.st_mode):
+        stat = self.source.look(path)
+        if stat is None or stat.kind != "file":
             raise FileNotFoundError(errno.ENOENT, "no longer a file")
-        stat = self.source.look_at_database(self.source.stat(path, found), folder, name)
+        folder, name = self.source.parent(path)
         return self._freeze(stat, folder, name) if stat.database else self._open_file(path, folder, name)
 
     def _open_file(self, path: bytes, folder: int, name: bytes) -> Handle:
@@ -3134,7 +3258,9 @@ class Files:
                     xattrs = list_xattrs(plain)
                 finally:
                     os.close(plain)
-                note = self._copy(self._find_name(stat.path, folder, name), target)
+                settings, clock = self.source.settings, self.source.clock
+                found = copy_database(self._find_name(stat.path, folder, name), target, settings.locked_timeout, clock)
+            note = f"SQLite finds damage in the database: {found}" if found else ""
             fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
             return Handle(stat.path, fd, stat, os.fstat(fd).st_size, "frozen", xattrs, note)
         except sqlite3.OperationalError as error:
@@ -3144,20 +3270,6 @@ class Files:
             return replace(handle, note=f"SQLite cannot read it ({error}); copied as a plain file")
         finally:
             shutil.rmtree(work, ignore_errors=True)
-
-    def _copy(self, real: str, target: str) -> str:
-        """Copy a database; returns what is wrong with it."""
-        import sqlite3
-
-        try:
-            found = copy_database(real, target, self.source.settings.locked_timeout, self.source.clock)
-        except sqlite3.OperationalError as error:
-            if "readonly" not in str(error) and "unable to open" not in str(error):
-                raise
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(target)
-            found = recover_database(real, target)
-        return f"SQLite finds damage in the database: {found}" if found else ""
 
     def _find_name(self, path: bytes, folder: int, name: bytes) -> str:
         if os.path.exists("/proc/self/fd"):
@@ -3558,7 +3670,8 @@ def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float) -> li
     owners: dict[object, Address] = {}
     try:
         for address in addresses:
-            peer = peers[address] = Peer(wire, address, timeout)
+            # Longer than the probe: what libzmq gives up on its own looks like a refusal.
+            peer = peers[address] = Peer(wire, address, 10 * timeout)
             peer.ask(HELLO, say_hello(), lambda message: None)
             for socket in (peer.socket, peer.monitor):
                 poller.register(socket, zmq.POLLIN)
@@ -3614,24 +3727,20 @@ class Target:
 
 def plan_targets(probes: Sequence[Probe], known: Sequence[Known]) -> tuple[list[Target], list[Probe]]:
     """Return the nodes found, each once, and the probes of clones that must not be mixed up."""
-    groups: dict[str, list[Probe]] = {}
-    clones = []
+    groups: dict[str, list[tuple[Probe, Hello]]] = {}
     for found in probes:
         if found.hello:
-            group = groups.setdefault(found.hello.identity, [])
-            if group and group[0].hello and group[0].hello.instance != found.hello.instance:
-                first = group[0].address
-                detail = f"has the identity of the node at {first}, as a cloned machine does: remove its identity file"
-                clones.append(replace(found, state=REFUSES, detail=detail))
-            else:
-                group.append(found)
-    folders = {node.identity: node.folder for node in known}
+            groups.setdefault(found.hello.identity, []).append((found, found.hello))
+    by_identity = {node.identity: node for node in known}
     taken = {node.folder for node in known}
-    targets = []
+    targets, clones = [], []
     for identity, group in groups.items():
-        if group[0].hello:
-            addresses = tuple(found.address for found in group)
-            targets.append(_plan_target(group[0].hello, addresses, folders.get(identity, ""), taken))
+        node = by_identity.get(identity)
+        first, hello = next(((p, h) for p, h in group if node and str(p.address) in node.addresses), group[0])
+        addresses = tuple(p.address for p, h in group if h.instance == hello.instance)
+        targets.append(_plan_target(hello, addresses, node.folder if node else "", taken))
+        detail = f"has the identity of the node at {first.address}, as a cloned machine does: remove its identity file"
+        clones += [replace(p, state=REFUSES, detail=detail) for p, h in group if h.instance != hello.instance]
     return targets, clones
 
 
@@ -3793,9 +3902,11 @@ class Receiver:
     def _take_item(self, item: Fields, want: Want, raw: memoryview) -> tuple[Got, memoryview]:
         status = item.text("status", limit=20)
         if status == "zeros":
-            return Got(status, item, item.integer("count", low=1, high=1 << 43)), raw
-        if status not in ("same", "whole", "patch"):
+            return Got(status, item, item.integer("count", low=1, high=FILE_LIMIT // CHUNK)), raw
+        if status in ("gone", "error", "lost", "later", "end"):
             return Got(status, item), raw
+        if status not in ("same", "whole", "patch"):
+            item.wrong("status")
         length, digest = item.integer("length", low=1, high=CHUNK), item.digest("digest")
         if status == "same":
             if (
@@ -3830,6 +3941,8 @@ class Receiver:
         if len(piece.data) != size or digest_pages(pages) != digest:
             raise ProtocolError("sent a patch that does not give the digest it names")
         runs = patch_runs(self.reader.runs(want.base), changed, piece.digest, length)
+        if sum(run.length for run in runs) != length:
+            raise ProtocolError("sent a patch that leaves a part of the chunk open")
         self._pieces.append(piece)
         whole = None
         if needs_whole(runs, length):
@@ -3996,7 +4109,7 @@ class Intake:
         grade = got.fields.text("grade")
         xattrs = Fields.inside(got.fields.values.get("xattrs", {}), "extended attributes")
         return Content(
-            size=got.fields.integer("size"),
+            size=got.fields.integer("size", high=FILE_LIMIT),
             grade="frozen" if grade == "frozen" else "stable",
             xattrs={name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values},
         )
@@ -4177,6 +4290,8 @@ class Pull:
                 self.intake.peer.ask(LIST, {}, answers.append)
             size = fields.integer("size", high=BODY_LIMIT)
             raw = decompress(fields.integer("codec", high=255), body, size)
+            if more and not raw:
+                raise ProtocolError("lists nothing, without end")
             yield from raw.split(b"\n") if raw else ()
 
     def _decide(self, line: bytes) -> Slot:
@@ -4398,14 +4513,14 @@ class Copier:
 
     def _copy(self, target: Target, folder: NodeFolder, report: NodeReport) -> NodeReport:
         self._save_known(target, folder)
-        snapshots, damaged = folder.list_snapshots()
+        snapshots = folder.list_snapshots()
         reader = self.store.reader()
         writer = PackWriter(self.store.packs, self.store.index, ZSTD if load_zstd() else ZLIB, self.settings.level)
         peer = Peer(self.wire, target.addresses[0], self.settings.answer_timeout)
         try:
             intake = self.intakes[target.folder] = Intake(peer, reader, writer, self.settings)
-            for sentence in filter(None, [target.note, *damaged]):
-                intake.tally.note("", sentence)
+            if target.note:
+                intake.tally.note("", target.note)
             start = Snapshot(
                 name=name_time(self.wire.clock.now()),
                 folder=folder.name,
@@ -4585,6 +4700,7 @@ class RestoreOptions:
 
     overwrite: bool = False
     private: bool = False  # as `latest` is: the owner's bits alone, no owners, no xattrs
+    token: str = ""  # makes temporary names that no file has; the same one finds them again
     numeric: bool = False  # owners by number, not by name
 
 
@@ -4603,9 +4719,9 @@ def compare_entries(old: Iterator[Entry], new: Iterator[Entry]) -> Iterator[tupl
             right = next(new, None)
 
 
-def find_entries(reader: Reader, snapshot: Snapshot, paths: Sequence[bytes], above: bool = False) -> Iterator[Entry]:
+def find_entries(entries: Iterable[Entry], paths: Sequence[bytes], above: bool = False) -> Iterator[Entry]:
     """Yield the entries at or below `paths`, all where there are none; with `above` also the folders to them."""
-    for entry in list_entries(reader, snapshot.blocks):
+    for entry in entries:
         path = entry.stat.path if paths else b""
         if not paths or any(is_at_or_below(path, p) or (above and is_at_or_below(p, path)) for p in paths):
             yield entry
@@ -4684,6 +4800,7 @@ class FileWriter:
         self.problems: list[Problem] = []
         self.files = 0  # put
         self.bytes = 0
+        self._token = options.token or os.urandom(16).hex()
         self._due: list[tuple[bytes, bytes]] = []  # path and temporary name of files not published
         self._due_bytes = 0
         self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
@@ -4708,7 +4825,7 @@ class FileWriter:
 
     def fail(self, path: bytes, message: str) -> None:
         """Note what could not be put."""
-        self.problems.append(Problem(show(path), message))
+        self.problems.append(Problem(show(path), show(message)))
 
     def _put(self, entry: Entry, old: Entry | None) -> None:
         stat, content = entry.stat, entry.content
@@ -4722,7 +4839,7 @@ class FileWriter:
             folder, name = self.folders.parent(stat.path, create=True)
             if not self.options.overwrite and _exists(folder, name):
                 raise FileExistsError
-            temporary = TEMPORARY.encode() + hashlib.sha256(name).hexdigest()[:16].encode()
+            temporary = self._name_temporary(name)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
             try:
@@ -4733,6 +4850,10 @@ class FileWriter:
                     os.unlink(temporary, dir_fd=folder)
                 raise
             self._publish_later(stat.path, temporary, content.size)
+
+    def _name_temporary(self, name: bytes) -> bytes:
+        digest = hashlib.sha256(self._token.encode() + name).hexdigest()
+        return f"{TEMPORARY}{digest[:24]}".encode("ascii")
 
     def _make(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
         stat = entry.stat
@@ -4951,7 +5072,10 @@ def restore_snapshot(
     writer = FileWriter(reader, os.open(to, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), options)
     missing = set(paths)
     try:
-        for entry in find_entries(reader, snapshot, paths, above=True):
+        entries = list_entries(
+            reader, snapshot.blocks, lambda error: writer.fail(b"", f"some entries are lost: {error}")
+        )
+        for entry in find_entries(entries, paths, above=True):
             missing -= {path for path in missing if is_at_or_below(entry.stat.path, path)}
             writer.put(entry)
         writer.finish()
@@ -4971,6 +5095,7 @@ class LatestState:
 
     snapshot: str = ""
     next: str = ""
+    token: str = ""  # of the temporary names of the run that makes it
 
 
 class Latest:
@@ -4988,7 +5113,7 @@ class Latest:
         try:
             with open(self._state_path, "rb") as file:
                 fields = Fields(file.read(), "latest.json")
-            return LatestState(fields.text("snapshot", ""), fields.text("next", ""))
+            return LatestState(fields.text("snapshot", ""), fields.text("next", ""), fields.text("token", ""))
         except (OSError, FormatError):
             return LatestState()
 
@@ -5000,22 +5125,22 @@ class Latest:
         try:
             state = self._load()
             problems = []
-            if state.next and state.next != snapshot.name:
-                problems += self._apply(state.snapshot, self.folder.load_snapshot(state.next))
+            if state.next:
+                problems += self._apply(state, self.folder.load_snapshot(state.next))
                 state = LatestState(state.next)
-            return problems + self._apply(state.snapshot, snapshot)
-        except (OSError, FormatError) as error:
+            return problems + self._apply(replace(state, token=os.urandom(16).hex()), snapshot)
+        except (OSError, BackupError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             return [Problem("latest", f"could not be brought up to date: {reason}")]
 
-    def _apply(self, before: str, snapshot: Snapshot) -> list[Problem]:
+    def _apply(self, state: LatestState, snapshot: Snapshot) -> list[Problem]:
         old: tuple[bytes, ...] = ()
         with contextlib.suppress(OSError, FormatError):
-            old = self.folder.load_snapshot(before).blocks if before else ()
-        self._save(LatestState(before, snapshot.name))
+            old = self.folder.load_snapshot(state.snapshot).blocks if state.snapshot else ()
+        self._save(replace(state, next=snapshot.name))
         make_folder(self.path)
         root = os.open(self.path, FOLDER_FLAGS)
-        writer = FileWriter(self.reader, root, RestoreOptions(overwrite=True, private=True))
+        writer = FileWriter(self.reader, root, RestoreOptions(overwrite=True, private=True, token=state.token))
         try:
             problems = self._remove(writer, self._compare(old, snapshot))
             for left, right in self._compare(old, snapshot):
@@ -5286,11 +5411,11 @@ SIZES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 def parse_span(text: str) -> float:
     """Return seconds from `90s`, `1h30m`, `2d` or a bare number of seconds."""
     if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
+        return min(float(text), 1e9)
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(ms|min|s|m|h|d|w)", text)
     if not parts or "".join(number + unit for number, unit in parts) != text.replace(" ", ""):
         raise argparse.ArgumentTypeError(f"{text!r} is not a span of time such as 90s, 1h30m or 2d")
-    return sum(float(number) * SPANS[unit] for number, unit in parts)
+    return min(sum(float(number) * SPANS[unit] for number, unit in parts), 1e9)  # some 30 years: for ever
 
 
 def write_span(seconds: float) -> str:
@@ -5432,7 +5557,7 @@ def parse_when(text: str, now: int) -> tuple[str, int]:
         ("%Y-%m-%dT%H:%M:%S", 1),
         ("%Y-%m-%d %H:%M:%S", 1),
     ):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             moment = datetime.datetime.strptime(text, form) + datetime.timedelta(seconds=span)
             return "", int(moment.timestamp() * 10**9) - 1
     try:
@@ -5445,9 +5570,7 @@ def parse_when(text: str, now: int) -> tuple[str, int]:
 
 def find_snapshot(folder: NodeFolder, when: str, now: int) -> Snapshot:
     """Return the snapshot that a WHEN means: the newest one that is not younger, cut off ones last."""
-    snapshots, damaged = folder.list_snapshots()
-    for sentence in damaged:
-        print(f"zbackup: {sentence}", file=sys.stderr)
+    snapshots = folder.list_snapshots()
     name, moment = parse_when(when, now)
     if name:
         fitting = [snapshot for snapshot in snapshots if snapshot.name == name]
@@ -5726,7 +5849,7 @@ def list_nodes(store: Store) -> list[list[str]]:
     """Return the rows of all nodes."""
     rows = [["NODE", "HOST", "ADDRESSES", "SNAPSHOTS", "LAST", "GRADE", "FILES", "SIZE"]]
     for node in store.list_nodes():
-        snapshots, _ = store.node(node.folder).list_snapshots()
+        snapshots = store.node(node.folder).list_snapshots()
         last = snapshots[-1] if snapshots else None
         what = (
             [last.name, last.grade, str(last.totals.files), format_size(last.totals.size)]
@@ -5740,10 +5863,7 @@ def list_nodes(store: Store) -> list[list[str]]:
 def list_snapshots(folder: NodeFolder) -> list[list[str]]:
     """Return the rows of a node's snapshots."""
     rows = [["SNAPSHOT", "TIME", "GRADE", "FILES", "SIZE", "CHANGED", "SENT", "STORED", "NOTE"]]
-    snapshots, damaged = folder.list_snapshots()
-    for sentence in damaged:
-        print(f"zbackup: {sentence}", file=sys.stderr)
-    for snapshot in snapshots:
+    for snapshot in folder.list_snapshots():
         totals = snapshot.totals
         sizes = [format_size(totals.sent), format_size(totals.added)]
         note = (
@@ -5764,7 +5884,7 @@ def list_snapshot(store: Store, snapshot: Snapshot, path: bytes) -> list[list[st
     """Return the rows of the entries at or below a path in one snapshot."""
     reader = store.reader()
     try:
-        entries = find_entries(reader, snapshot, [path] if path else [])
+        entries = find_entries(list_entries(reader, snapshot.blocks), [path] if path else [])
         rows = [["MODE", "OWNER", "SIZE", "TIME", "GRADE", "PATH"], *map(format_entry, entries)]
     finally:
         reader.close()
@@ -5779,8 +5899,8 @@ def list_versions(store: Store, folder: NodeFolder, path: bytes) -> list[list[st
     reader = store.reader()
     last: tuple[object, ...] | None = None
     try:
-        for snapshot in folder.list_snapshots()[0]:
-            for entry in find_entries(reader, snapshot, [path]):
+        for snapshot in folder.list_snapshots():
+            for entry in find_entries(list_entries(reader, snapshot.blocks), [path]):
                 content = entry.content
                 version = (
                     content.chunks,
@@ -5804,7 +5924,7 @@ def run_restore(args: argparse.Namespace) -> int:
     """Restore files."""
     options = RestoreOptions(overwrite=args.overwrite, numeric=args.numeric_ids)
     with contextlib.closing(open_store(args.store)) as store:
-        snapshot = find_snapshot(find_node(store, args.node), args.at or "latest", make_clock().now())
+        snapshot = find_snapshot(find_node(store, args.node), args.at, make_clock().now())
         reader = store.reader()
         try:
             done = restore_snapshot(reader, snapshot, [p for p in map(clean_path, args.path) if p], args.to, options)
@@ -5820,19 +5940,20 @@ def run_restore(args: argparse.Namespace) -> int:
         if not args.quiet:
             what = f"{done.files} files ({format_size(done.bytes)}) of {snapshot.folder}"
             print(f"restored {what} as of {format_time(snapshot.started)} to {show(args.to)}")
-            if not snapshot.good:
-                print(f"this snapshot is {snapshot.grade}; see `list {snapshot.folder}`", file=sys.stderr)
+        if not snapshot.good:
+            print(f"zbackup: this snapshot is {snapshot.grade}; see `list {snapshot.folder}`", file=sys.stderr)
         return tell_damage(store) or (BackupError.exit_code if done.problems else 0)
 
 
 def run_cat(args: argparse.Namespace) -> int:
     """Write one file to standard output."""
     with contextlib.closing(open_store(args.store)) as store:
-        snapshot = find_snapshot(find_node(store, args.node), args.at or "latest", make_clock().now())
+        snapshot = find_snapshot(find_node(store, args.node), args.at, make_clock().now())
         path = clean_path(args.path)
         reader = store.reader()
         try:
-            entry = next((e for e in find_entries(reader, snapshot, [path]) if e.stat.path == path), None)
+            entries = list_entries(reader, snapshot.blocks, lambda error: note_once(store.problems, str(error)))
+            entry = next((e for e in find_entries(entries, [path]) if e.stat.path == path), None)
             if entry is None or entry.stat.kind != "file":
                 raise UsageError(f"{show(path)} is not a file in the snapshot {snapshot.name}")
             if entry.content.error:
@@ -6019,7 +6140,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("node", metavar="NODE", help="folder, address or host name of a node")
     command.add_argument("path", nargs="*", metavar="PATH", help="what to restore (default: all)")
     command.add_argument("--to", required=True, metavar="DIR", help="the folder to restore into; made at need")
-    command.add_argument("--at", metavar="WHEN", help=f"which version: {WHEN_HELP} (default latest)")
+    command.add_argument("--at", default="latest", metavar="WHEN", help=f"which version: {WHEN_HELP}")
     switches = [
         ("--overwrite", "replace files that exist"),
         ("--numeric-ids", "set owners by number, not by name"),
@@ -6030,7 +6151,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_store_flag(command)
     command.add_argument("node", metavar="NODE", help="folder, address or host name of a node")
     command.add_argument("path", metavar="PATH", help="the file")
-    command.add_argument("--at", metavar="WHEN", help=f"which version: {WHEN_HELP} (default latest)")
+    command.add_argument("--at", default="latest", metavar="WHEN", help=f"which version: {WHEN_HELP}")
     return parser
 
 
@@ -6051,9 +6172,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zbackup: interrupted", file=sys.stderr)
         return Interrupted.exit_code
-    except BrokenPipeError:
-        # The reader of our output went away, as `head` does: nothing more to say, nor to flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except OSError as error:
+        # BrokenPipeError: the reader of our output went away, as `head` does; nothing to say.
+        if not isinstance(error, BrokenPipeError):
+            print(f"zbackup: {explain(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
         return BackupError.exit_code
 
 
