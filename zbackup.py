@@ -816,6 +816,7 @@ class Totals:
 
 
 SNAPSHOT_GRADES = ("partial", "torn", "stable", "frozen")  # the worst first
+ROOTS_KEPT = 1000  # roots named in a snapshot: a glob may give any number
 PROBLEMS_KEPT = 1000  # problems named in a snapshot; `failed` counts all
 
 
@@ -1043,26 +1044,41 @@ def make_folder(path: str) -> None:
     sync_folder(above)
 
 
-def write_durably(path: str, data: bytes, replacing: bool = True) -> None:
-    """Put `data` at `path` so that it is there whole or not at all (I1).
+def lock_file(path: str, shared: bool) -> int:
+    """Return a descriptor that holds a lock on `path` until it is closed, or its process dies.
 
-    With `replacing` false, FileExistsError where something stands there already.
+    Raises BlockingIOError when another process holds a lock that excludes this one.
     """
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f"{TEMPORARY}{name}-{os.getpid()}-{threading.get_ident()}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    import fcntl
+
     try:
-        try:
-            write_all(fd, data)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        publish(temporary, path, replacing)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES) or not os.path.exists(path):
+            raise
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        os.close(fd)
         raise
-    sync_folder(folder or ".")
+    return fd
+
+
+def create_locked(prefix: str) -> tuple[int, str]:
+    """Return the descriptor and the path of a new file whose name starts with `prefix`.
+
+    The lock that it holds tells it from what a dead process left.
+    """
+    while True:
+        path = prefix + os.urandom(8).hex()
+        try:
+            fd = lock_file(path, shared=False)
+        except BlockingIOError:
+            continue  # taken for a leftover just now
+        if os.fstat(fd).st_nlink:
+            return fd, path
+        os.close(fd)
 
 
 def publish(temporary: str | bytes, path: str | bytes, replacing: bool, folder: int | None = None) -> None:
@@ -1087,25 +1103,24 @@ def publish(temporary: str | bytes, path: str | bytes, replacing: bool, folder: 
     os.unlink(temporary, dir_fd=folder)
 
 
-def lock_file(path: str, shared: bool) -> int:
-    """Return a descriptor that holds a lock on `path` until it is closed, or its process dies.
+def write_durably(path: str, data: bytes, replacing: bool = True) -> None:
+    """Put `data` at `path` so that it is there whole or not at all (I1).
 
-    Raises BlockingIOError when another process holds a lock that excludes this one.
+    With `replacing` false, FileExistsError where something stands there already.
     """
-    import fcntl
-
+    folder = os.path.dirname(path)
+    fd, temporary = create_locked(os.path.join(folder, TEMPORARY))
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
-            raise
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        write_all(fd, data)
+        os.fsync(fd)
+        publish(temporary, path, replacing)
     except BaseException:
-        os.close(fd)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
-    return fd
+    finally:
+        os.close(fd)
+    sync_folder(folder or ".")
 
 
 def clone_file(source: int, target: int) -> bool:
@@ -1278,6 +1293,7 @@ def is_identity(text: str) -> bool:
 HELLO, OPEN, LIST, READ, CLOSE = "HELLO", "OPEN", "LIST", "READ", "CLOSE"  # asked
 WORKING, ERROR = "WORKING", "ERROR"  # answers to any of them
 SLICE = 200  # ms; how long a wait may go without looking whether it should end
+LAST_WORD = 300  # ms that a last question may take on its way out
 ASIDE = 4  # requests in flight beside the window of bytes
 
 # What a monitored connection went through, as far as libzmq tells.
@@ -1327,7 +1343,7 @@ class Wire:
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """Return a socket with the settings that all of ours have."""
         socket = self.context.socket(kind)
-        milliseconds = int(self.heartbeat * 1000)
+        milliseconds = to_milliseconds(self.heartbeat)
         socket.setsockopt(self.zmq.LINGER, 0)
         socket.setsockopt(self.zmq.IPV6, 1)
         socket.setsockopt(self.zmq.MAXMSGSIZE, HEAD_LIMIT)
@@ -1346,6 +1362,11 @@ class Wire:
     def close(self) -> None:
         """End all sockets, also those that a dying thread left open."""
         self.context.destroy(linger=0)
+
+
+def to_milliseconds(seconds: float) -> int:
+    """Return a span as libzmq takes it: at least 1, and three (or ten) times it in 31 bits."""
+    return max(1, min(int(seconds * 1000), 1 << 27))
 
 
 def load_zmq() -> Any:
@@ -1371,11 +1392,12 @@ class Peer:
         self.received = 0  # bytes of all answers
         self.events: list[str] = []  # what the connection went through
         self._number = 0
+        self._linger = 0  # ms
         self._owed: deque[tuple[int, int, Callable[[Message], None]]] = deque()
         self._cost = 0  # bytes that the owed answers may have
         zmq = wire.zmq
         self.socket = wire.socket(zmq.DEALER)
-        milliseconds = max(1, int(connect_timeout * 1000))
+        milliseconds = to_milliseconds(connect_timeout)
         self.socket.setsockopt(zmq.CONNECT_TIMEOUT, milliseconds)
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, milliseconds)
         # A second try within one hello tells nothing new.
@@ -1395,16 +1417,19 @@ class Peer:
         """Close both sockets at once."""
         self.socket.disable_monitor()
         self.monitor.close(linger=0)
-        self.socket.close(linger=0)
+        self.socket.close(linger=self._linger)
 
-    @property
-    def idle(self) -> bool:
-        """Tell whether every question is answered."""
-        return not self._owed
+    def leave(self, kind: str) -> None:
+        """Send a last question whose answer nobody waits for."""
+        self.socket.setsockopt(self.wire.zmq.LINGER, LAST_WORD)
+        with contextlib.suppress(self.wire.zmq.ZMQError):
+            self.socket.send_multipart(encode_message(kind, self._number + 1, {}), self.wire.zmq.NOBLOCK)
+        self._linger = LAST_WORD
 
     def has_room(self, cost: int, window: int) -> bool:
         """Tell whether an answer of `cost` bytes may be asked for within `window` bytes."""
-        return not self._owed or (self._cost + cost <= window and len(self._owed) < window // CHUNK + ASIDE)
+        most = min(window // CHUNK + ASIDE, QUEUE_LIMIT // 2)  # beyond it the node would call it a flood
+        return not self._owed or (self._cost + cost <= window and len(self._owed) < most)
 
     def ask(
         self,
@@ -1449,9 +1474,12 @@ class Peer:
             raise ProtocolError("sent an answer that nobody asked for")
         _, cost, on_answer = self._owed.popleft()
         self._cost -= cost
-        if message.kind == ERROR:
-            raise NodeError(show(message.fields.text("message")), message.fields.text("code", limit=20))
-        on_answer(message)
+        try:
+            if message.kind == ERROR:
+                raise NodeError(show(message.fields.text("message")), message.fields.text("code", limit=20))
+            on_answer(message)
+        except FormatError as error:
+            raise ProtocolError(f"sent what does not decode: {error}") from None
 
     def receive(self, milliseconds: int) -> Message | None:
         """Return the next message if one comes in time; notes what the connection does."""
@@ -1652,9 +1680,11 @@ def writing(path: str) -> Iterator[None]:
         raise StoreError(f"the store {'is full' if full else 'cannot be written'} ({path}): {explain(error)}") from None
 
 
+INCOMING = "incoming-"  # prefix of a pack in the making
+
 INDEX_VERSION = 1  # PRAGMA user_version of index.sqlite; another one is rebuilt
 INDEX_SCHEMA = """
-CREATE TABLE packs (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE packs (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
 CREATE TABLE chunks (digest BLOB PRIMARY KEY, pack INTEGER NOT NULL, record INTEGER NOT NULL,
     place INTEGER NOT NULL) WITHOUT ROWID;
 """
@@ -1682,14 +1712,13 @@ class Index:
         self._lock = threading.Lock()
         try:
             self._connection = self._open()
-        except sqlite3.OperationalError:
-            raise  # locked, full or read-only: not the index's fault
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if re.search("locked|readonly|full|unable to open|I/O", str(error)):
+                raise  # not the index's fault
             for end in ("", "-wal", "-shm"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(path + end)
             self._connection = self._open()
-        self._names = dict(self._connection.execute("SELECT id, name FROM packs"))
 
     def _open(self) -> sqlite3.Connection:
         import sqlite3
@@ -1707,7 +1736,8 @@ class Index:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version = {INDEX_VERSION}")
             connection.execute("COMMIT")
-            connection.execute("SELECT max(pack) FROM chunks LIMIT 1")
+            connection.execute("SELECT digest, pack, record, place FROM chunks LIMIT 1").fetchone()
+            self._names: dict[int, str] = dict(connection.execute("SELECT id, name FROM packs"))
         except BaseException:
             connection.close()
             raise
@@ -1741,16 +1771,14 @@ class Index:
                     "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?)",
                     ((digest, pack, record, place) for digest, record, place in rows),
                 )
-                self._names[pack] = name
+                self._names[int(pack or 0)] = name
 
-    def drop_pack(self, name: str) -> None:
-        """Forget a pack that is gone."""
+    def clear(self) -> None:
+        """Forget all, since packs are gone: others may hold what they held."""
         with self._locked(), self._transaction():
-            row = self._connection.execute("SELECT id FROM packs WHERE name = ?", (name,)).fetchone()
-            if row:
-                self._connection.execute("DELETE FROM chunks WHERE pack = ?", row)
-                self._connection.execute("DELETE FROM packs WHERE id = ?", row)
-                self._names.pop(row[0], None)
+            self._connection.execute("DELETE FROM chunks")
+            self._connection.execute("DELETE FROM packs")
+            self._names = {}
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -1839,17 +1867,8 @@ class PackWriter:
         self._waiting: set[bytes] = set()  # digests in _pieces and _patches
 
     def _open(self) -> None:
-        import secrets
-
-        while self.fd < 0:
-            self._path = os.path.join(self.folder, f"incoming-{secrets.token_hex(8)}")
-            with writing(self.folder), contextlib.suppress(BlockingIOError):
-                # The lock tells a pack in the making from what a dead process left.
-                self.fd = lock_file(self._path, shared=False)
-            if self.fd >= 0 and not os.fstat(self.fd).st_nlink:
-                # Another run took it for a leftover before it was locked.
-                os.close(self.fd)
-                self.fd = -1
+        with writing(self.folder):
+            self.fd, self._path = create_locked(os.path.join(self.folder, INCOMING))
         self._write(PACK_HEADER)
 
     def _write(self, data: bytes) -> None:
@@ -2058,6 +2077,7 @@ class Reader:
         place = self.find(digest)
         with self._naming(place):
             record = self.record(place)
+            self._check_row(record, place, digest)
             if record.kind == FRAME:
                 return (Run(digest, 0, record.rows[place.place][1]),)
             return decode_patch(bytes(self._row(place)[1]))
@@ -2067,10 +2087,18 @@ class Reader:
         place = self.find(digest)
         with self._naming(place):
             record, data = self._row(place)
-            chunk = bytes(data) if record.kind == FRAME else self._assemble(decode_patch(bytes(data)))
+            self._check_row(record, place, digest)
+            runs = () if record.kind == FRAME else decode_patch(bytes(data))
+            chunk = self._assemble(runs) if runs else bytes(data)
             if digest_pages(hash_pages(chunk)) != digest:
+                for run in runs:
+                    self.get(run.source)  # raises where the damage is in what the patch draws from
                 raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
         return chunk
+
+    def _check_row(self, record: Record, place: Place, digest: bytes) -> None:
+        if record.rows[place.place][0] != digest:
+            raise StoreError(f"{self.index.path}, the index, does not fit the packs; delete it: it is made again")
 
     @contextlib.contextmanager
     def _naming(self, place: Place) -> Iterator[None]:
@@ -2078,11 +2106,18 @@ class Reader:
             yield
         except FormatError as error:
             raise StoreError(f"pack {place.pack} is damaged: {error}") from None
+        except OSError as error:
+            raise StoreError(f"pack {place.pack} cannot be read: {explain(error)}") from None
 
     def _assemble(self, runs: Sequence[Run]) -> bytes:
         parts = []
         for run in runs:
-            record, data = self._row(self.find(run.source))
+            try:
+                source = self.find(run.source)
+            except MissingChunk:
+                raise FormatError("a patch names a chunk that no pack holds") from None
+            with self._naming(source):
+                record, data = self._row(source)
             if record.kind != FRAME or run.offset + run.length > len(data):
                 raise FormatError("a patch names bytes that its source has not")
             parts.append(data[run.offset : run.offset + run.length])
@@ -2210,7 +2245,7 @@ def load_chunk_list(reader: Reader, digest: bytes) -> tuple[bytes | int, ...]:
     """Return the chunks that a list names."""
     try:
         values = json.loads(reader.get(digest))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise FormatError(f"the list {digest.hex()} is not JSON") from None
     if type(values) is not list or len(values) > LIST_SPAN:
         raise FormatError(f"the list {digest.hex()} is not a list")
@@ -2420,10 +2455,11 @@ class Store:
 
     def _load_index(self) -> None:
         """Make the index say what the packs say (I4)."""
+        known = self.index.list_packs()  # first: other processes add packs meanwhile
         packs = list_packs(self.packs)
-        known = self.index.list_packs()
-        for name in known - packs.keys():
-            self.index.drop_pack(name)
+        if known - packs.keys():
+            self.index.clear()
+            known = set()
         for name in sorted(packs.keys() - known):
             try:
                 self.index.put_pack(name, read_pack_index(packs[name]))
@@ -2469,7 +2505,11 @@ def open_store(path: str, create: bool = False) -> Store:
             _create_store(path)
         identity = _load_identity(path)
         lock = lock_file(os.path.join(path, "lock"), shared=True)
-        return Store(path, identity, lock, open_index(path))
+        try:
+            return Store(path, identity, lock, open_index(path))
+        except BaseException:
+            os.close(lock)
+            raise
     except BlockingIOError:
         raise StoreError(f"the store {path} is locked by another run that deletes") from None
     except OSError as error:
@@ -2481,8 +2521,9 @@ def _create_store(path: str) -> None:
     import secrets
 
     make_folder(path)
-    strange = [n for n in os.listdir(path) if n not in ("packs", "lock", "README.txt") and not n.startswith(TEMPORARY)]
-    if strange:
+    names = os.listdir(path)
+    strange = [n for n in names if n not in ("packs", "lock", "README.txt") and not n.startswith(TEMPORARY)]
+    if strange and "zbackup.json" not in names:  # another process may make it at this moment
         what = f"not a zbackup store, and not empty (it has {show(strange[0])})"
         raise StoreError(f"{path} is {what}; name another folder with --store")
     make_folder(os.path.join(path, "packs"))
@@ -2534,13 +2575,17 @@ class Leftovers:
 
 
 def plan_leftovers(store: Store) -> Leftovers:
-    """Return the unfinished packs whose writers are gone."""
+    """Return the unfinished packs and other files whose writers are gone."""
+    folders = [store.path, store.packs]
+    for node in store.list_nodes():
+        folders += [store.node(node.folder).path, store.node(node.folder).snapshots]
     found = []
-    for entry in os.scandir(store.packs):
-        if entry.name.startswith("incoming-"):
-            with contextlib.suppress(OSError):
-                os.close(lock_file(entry.path, shared=False))
-                found.append(entry.path)
+    for folder in folders:
+        for entry in os.scandir(folder):
+            if entry.name.startswith((INCOMING, TEMPORARY)) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    os.close(lock_file(entry.path, shared=False))
+                    found.append(entry.path)
     return Leftovers(tuple(sorted(found)))
 
 
@@ -2589,6 +2634,8 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
     roots: dict[bytes, Root] = {}
     missing = []
     for pattern in files:
+        if not pattern:
+            raise UsageError("--file without a name serves nothing")
         path = os.path.join(base, os.path.expanduser(pattern))
         found = [path] if os.path.lexists(path) else sorted(glob.glob(path, recursive=True))
         if not found:
@@ -3292,9 +3339,11 @@ class Files:
         fields: dict[str, Any] = {}
         offset = ask.chunk * CHUNK
         zeros = self._find_zeros(handle, offset)
-        data = b"" if zeros else read_range(handle.fd, CHUNK, offset)
+        # Of a large file what it had when it was opened; of a small one all there is, whatever stat says.
+        length = CHUNK if handle.size <= CHUNK else max(0, min(CHUNK, handle.size - offset))
+        data = b"" if zeros else read_range(handle.fd, length, offset)
         if handle.size <= CHUNK and not zeros:
-            handle = replace(handle, size=len(data))  # what is there to read, whatever stat says
+            handle = replace(handle, size=len(data))
         if ask.chunk == 0:
             fields.update(size=handle.size, grade=handle.grade)
             if ask.state != handle.stat.state:
@@ -3388,35 +3437,44 @@ class Home:
 class Session:
     """One server's copy of this node, in a thread of its own; answers in the order of the questions."""
 
-    def __init__(self, home: Home, peer: bytes) -> None:
+    def __init__(self, home: Home, peer: bytes, before: Session | None) -> None:
         import queue
 
         self.home = home
         self.peer = peer
-        self.questions: queue.Queue[Message | None] = queue.Queue()
+        self.before = before  # the same server's last session, to be over first: its --after is due
+        self.server = ""  # which store the copy is for
+        self.questions: queue.Queue[Request | None] = queue.Queue()
         self.ended = False
+        self.over = False  # what waits is not to be answered
         self.number = 0  # of the question that it works on; 0 for none
         self.sign = 0.0  # when its server last had a sign of life, monotonic
         self._copy: Copy | None = None
         self._held = b""  # a line that did not fit the last answer
-        self._hooked = False  # --before has run, --after is due
+        self._hooked = False  # --before was begun, --after is due
         self._thread = threading.Thread(target=self._run, daemon=True, name="session")
         self._thread.start()
 
     def close(self, wait: float) -> None:
-        """End the session and wait (s) for it."""
+        """End the session and wait (s) for it; --after is started even where it does not end in time."""
+        self.over = True
         self.questions.put(None)
         self._thread.join(wait)
+        if self._thread.is_alive() and self.home.wire.stop.is_set():
+            self._run_after(wait=False)
 
     def _run(self) -> None:
         import queue
 
         socket = self.home.listener.reply_socket()
         try:
-            while True:
-                message = self.questions.get(timeout=self.home.settings.session_timeout)
-                if message is None:
+            if self.before:
+                self.before.close(self.home.settings.session_timeout)
+            while not self.over:
+                request = self.questions.get(timeout=self.home.settings.session_timeout)
+                if request is None:
                     break
+                message = request.message
                 self.sign, self.number = self.home.wire.clock.monotonic(), message.number
                 frames = self._answer(message)
                 self.number = 0
@@ -3428,8 +3486,10 @@ class Session:
         except self.home.wire.zmq.ZMQError:
             pass  # the node is ending
         finally:
+            failure = self._end(wait=not self.home.wire.stop.is_set())
+            if failure:
+                self.home.say(f"--after {failure}")
             self.ended = True
-            self._end(wait=not self.home.wire.stop.is_set())
             socket.close(linger=1000)
 
     def _end(self, wait: bool) -> str:
@@ -3438,6 +3498,9 @@ class Session:
             self._copy.files.close()
             self._copy.source.close()
         self._copy = None
+        return self._run_after(wait)
+
+    def _run_after(self, wait: bool) -> str:
         hooked, self._hooked = self._hooked, False
         return run_hook(self.home.settings.after, wait) if hooked and self.home.settings.after else ""
 
@@ -3473,8 +3536,8 @@ class Session:
         names = message.fields.texts("codecs", 20)
         codec = next((CODECS[name] for name in list_codecs() if name in names), PLAIN)
         self._end(wait=True)
+        self._hooked = True
         if settings.before:
-            self._hooked = True
             failure = run_hook(settings.before)
             if failure:
                 raise NodeError(f"--before {failure}", "hook")
@@ -3555,11 +3618,14 @@ class Node:
                     self._take(request)
             except ProtocolError as error:
                 self.say(f"a peer {error}")
+            except FormatError as error:
+                self.say(f"a peer sent what does not decode: {error}")
             self._look_after_sessions()
 
     def close(self) -> None:
         """End all sessions; gives them half a second."""
         for session in self._sessions.values():
+            session.over = True
             session.questions.put(None)
         for session in self._sessions.values():
             session.close(0.5 / len(self._sessions))
@@ -3602,26 +3668,37 @@ class Node:
             if request.message.kind != OPEN:
                 self.listener.answer(request, ERROR, {"code": "closed", "message": "no copy is open"})
                 return
-            if len(self._sessions) >= self.settings.sessions:
+            server = request.message.fields.text("server", "", 100)
+            last = next((s for s in self._sessions.values() if server and s.server == server and not s.ended), None)
+            if len(self._sessions) - bool(last) >= self.settings.sessions:
                 sentence = f"the node serves {len(self._sessions)} servers already, see its --sessions"
                 self.listener.answer(request, ERROR, {"code": "busy", "message": sentence})
                 return
-            session = self._sessions[request.peer] = Session(self.home, request.peer)
+            session = self._sessions[request.peer] = Session(self.home, request.peer, last)
+            session.server = server
         if session.questions.qsize() >= QUEUE_LIMIT:
             self.listener.answer(
                 request, ERROR, {"code": "flood", "message": "more questions than are allowed at once"}
             )
             return
-        session.questions.put(request.message)
+        session.questions.put(request)
 
     def _look_after_sessions(self) -> None:
         now = self.wire.clock.monotonic()
         for peer, session in list(self._sessions.items()):
             if session.ended:
                 del self._sessions[peer]
+                self._answer_rest(session)
             elif session.number and now - session.sign >= self.settings.working_every:
                 session.sign = now
                 self.listener.send([peer, *encode_message(WORKING, session.number, {})])
+
+    def _answer_rest(self, session: Session) -> None:
+        """Take up what came while a session ended."""
+        while not session.questions.empty():
+            request = session.questions.get()
+            if request:
+                self._pass_to_session(request)
 
 
 def is_loopback(address: str) -> bool:
@@ -4093,13 +4170,8 @@ class Intake:
             fields = {"path": encode_path(want.slot.stat.path), "chunk": want.chunk, "state": want.slot.stat.state}
             files.append({**fields, "pages": len(want.pages) // PAGE_HASH} if want.pages else fields)
 
-        def on_answer(message: Message) -> None:
-            try:
-                on_got(self.receiver.take(message, wants))
-            except FormatError as error:
-                raise ProtocolError(f"sent what does not decode: {error}") from None
-
-        self.peer.ask(READ, {"files": files}, on_answer, b"".join(want.pages for want in wants), cost)
+        hashes = b"".join(want.pages for want in wants)
+        self.peer.ask(READ, {"files": files}, lambda message: on_got(self.receiver.take(message, wants)), hashes, cost)
 
     def describe(self, slot: Slot, got: Got) -> Content:
         """Return what the answer about chunk 0 says of the whole file, without its chunks."""
@@ -4223,6 +4295,8 @@ class Reading:
             self.chunks.put_zeros(min(got.chunk, self._total - number))
             self._bytes = self.chunks.count * CHUNK
         else:
+            if self._content and number * CHUNK + got.length > self._content.size:
+                raise ProtocolError("sent more of a file than it has")
             self.chunks.put(got.chunk)
             self._bytes += got.length
             if got.length < CHUNK:
@@ -4240,6 +4314,7 @@ class Pull:
     def __init__(self, intake: Intake, resumed: Entry | None) -> None:
         self.intake = intake
         self.resumed = resumed  # the file in the middle of which the last pull was cut off
+        self.opened = False  # by the node, and not yet closed
         self.links = LinkTable()
         self._base = Base(iter(()))
         self._slots: deque[Slot] = deque()
@@ -4247,18 +4322,25 @@ class Pull:
         self._batch_size = self._batch_head = 0
         self._linked: set[tuple[int, int]] = set()  # files with several names that are on their way
 
-    def open(self) -> tuple[str, ...]:
-        """Make the node open a copy; returns its roots."""
-        answer = self.intake.call(OPEN, {"codecs": list_codecs()}).fields
+    def open(self, store: str) -> tuple[str, ...]:
+        """Make the node open a copy for a store; returns its roots."""
+        self.opened = True
+        answer = self.intake.call(OPEN, {"codecs": list_codecs(), "server": store}).fields
         for path in answer.texts("missing"):
             self.intake.tally.fail(path, "does not exist on the node")
-        return tuple(show(root) for root in answer.texts("roots", 1 << 16))
+        return tuple(show(root) for root in answer.texts("roots", 1 << 16)[:ROOTS_KEPT])
 
     def close(self) -> None:
         """Let the node end the copy; what --after says is noted."""
+        self.opened = False
         problem = self.intake.call(CLOSE, {}).fields.text("problem", "")
         if problem:
             self.intake.tally.note("", problem)
+
+    def leave(self) -> None:
+        """Tell the node, if it is there, that no more questions come."""
+        if self.opened:
+            self.intake.peer.leave(CLOSE)
 
     def run(self, base: Base) -> tuple[bytes, ...]:
         """Pull all that the node lists; returns the blocks of the snapshot."""
@@ -4549,9 +4631,10 @@ class Copier:
         base = Base(list_base(intake, progress, last))
         pull = Pull(intake, progress.current)
         try:
-            start = replace(start, roots=pull.open())
+            start = replace(start, roots=pull.open(self.store.identity))
             blocks = pull.run(base)
         except (NodeError, Interrupted) as error:
+            pull.leave()
             saved = self._save_part(intake, folder, replace(start, cut_off=str(error)))
             return replace(report, snapshot=saved, error=str(error), exit_code=error.exit_code)
         intake.writer.seal()
@@ -5091,11 +5174,15 @@ def restore_snapshot(
 
 @dataclass(frozen=True)
 class LatestState:
-    """Which snapshot `latest` shows; `next` is the one that it is being made to show."""
+    """Which snapshot `latest` shows, and what else of older ones may be there."""
 
     snapshot: str = ""
-    next: str = ""
+    next: str = ""  # the snapshot that it is being made to show
     token: str = ""  # of the temporary names of the run that makes it
+    older: tuple[str, ...] = ()  # snapshots whose files stay while a folder cannot be read
+
+
+OLDER_KEPT = 20  # snapshots; beyond them what is left is the user's to remove
 
 
 class Latest:
@@ -5113,57 +5200,83 @@ class Latest:
         try:
             with open(self._state_path, "rb") as file:
                 fields = Fields(file.read(), "latest.json")
-            return LatestState(fields.text("snapshot", ""), fields.text("next", ""), fields.text("token", ""))
+            snapshot, following, token = (fields.text(name, "") for name in ("snapshot", "next", "token"))
+            return LatestState(snapshot, following, token, tuple(fields.texts("older", OLDER_KEPT)))
         except (OSError, FormatError):
             return LatestState()
 
     def _save(self, state: LatestState) -> None:
         write_durably(self._state_path, write_json(vars(state)).encode("ascii"))
 
+    def _blocks(self, name: str) -> tuple[bytes, ...]:
+        """Return the blocks of a snapshot; none where it is lost: then all counts as new."""
+        with contextlib.suppress(OSError, FormatError):
+            return self.folder.load_snapshot(name).blocks if name else ()
+        return ()
+
     def update(self, snapshot: Snapshot) -> list[Problem]:
         """Make `latest` show `snapshot`; a run that was interrupted is done again first."""
         try:
             state = self._load()
-            problems = []
             if state.next:
-                problems += self._apply(state, self.folder.load_snapshot(state.next))
-                state = LatestState(state.next)
-            return problems + self._apply(replace(state, token=os.urandom(16).hex()), snapshot)
+                state = self._redo(state)
+            state = replace(state, next=snapshot.name, token=os.urandom(16).hex())
+            return self._apply(state, snapshot)
         except (OSError, BackupError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
             return [Problem("latest", f"could not be brought up to date: {reason}")]
 
+    def _redo(self, state: LatestState) -> LatestState:
+        """Finish what was interrupted, or failed, so that its files are known."""
+        try:
+            again = self.folder.load_snapshot(state.next)
+        except (OSError, FormatError):
+            return LatestState(older=tuple(filter(None, (*state.older, state.snapshot)))[-OLDER_KEPT:])
+        self._apply(state, again)
+        return replace(state, snapshot=state.next, next="")
+
     def _apply(self, state: LatestState, snapshot: Snapshot) -> list[Problem]:
-        old: tuple[bytes, ...] = ()
-        with contextlib.suppress(OSError, FormatError):
-            old = self.folder.load_snapshot(state.snapshot).blocks if state.snapshot else ()
-        self._save(replace(state, next=snapshot.name))
+        self._save(state)
         make_folder(self.path)
         root = os.open(self.path, FOLDER_FLAGS)
         writer = FileWriter(self.reader, root, RestoreOptions(overwrite=True, private=True, token=state.token))
+        problems, unread = [], False
         try:
-            problems = self._remove(writer, self._compare(old, snapshot))
-            for left, right in self._compare(old, snapshot):
+            for name in (*state.older, state.snapshot):
+                found, unread = self._remove(writer, self._compare(self._blocks(name), snapshot))
+                problems += found
+            for left, right in self._compare(self._blocks(state.snapshot), snapshot):
                 if right and (left is None or not _looks_equal(left, right)) and not right.content.error:
                     writer.put(right, left)
             writer.finish()
         finally:
             writer.close()
-        self._save(LatestState(snapshot.name))
-        return problems + writer.problems
+        older = tuple(filter(None, (*state.older, state.snapshot)))[-OLDER_KEPT:] if unread else ()
+        problems += writer.problems
+        if not problems:  # else it is tried again
+            self._save(LatestState(snapshot.name, older=older))
+        return problems
 
     def _compare(self, old: Sequence[bytes], snapshot: Snapshot) -> Iterator[tuple[Entry | None, Entry | None]]:
-        return compare_entries(list_entries(self.reader, old), list_entries(self.reader, snapshot.blocks))
+        # Old entries that are lost count as absent: what is new is written all the same.
+        before = list_entries(self.reader, old, on_damage=lambda error: None)
+        return compare_entries(before, list_entries(self.reader, snapshot.blocks))
 
-    def _remove(self, writer: FileWriter, pairs: Iterator[tuple[Entry | None, Entry | None]]) -> list[Problem]:
-        """Remove what the old snapshot had and the new one has not, or has as something else."""
+    def _remove(
+        self, writer: FileWriter, pairs: Iterator[tuple[Entry | None, Entry | None]]
+    ) -> tuple[list[Problem], bool]:
+        """Remove what the old snapshot had and the new one has not, or has as something else.
+
+        Returns the problems, and whether there are folders that could not be listed: what they
+        held is left.
+        """
         problems: list[Problem] = []
         folders: list[bytes] = []  # emptied, innermost last
-        unread = None  # a folder that could not be listed: what it held is left
+        unread = None
         for left, right in pairs:
-            if right and right.stat.error and right.stat.kind == "directory":
+            if right and right.line.find(b'"error"') >= 0 and right.stat.error and right.stat.kind == "directory":
                 unread = right.stat.path
-            if left is None or (right and right.stat.kind == left.stat.kind):
+            if left is None or (right and (right.line == left.line or right.stat.kind == left.stat.kind)):
                 continue
             path = left.stat.path
             if unread is not None and is_at_or_below(path, unread):
@@ -5176,7 +5289,7 @@ class Latest:
                 problems += _remove_one(writer.folders, path, False)
         while folders:
             problems += _remove_one(writer.folders, folders.pop(), True)
-        return problems
+        return problems, unread is not None
 
 
 def _remove_one(folders: Folders, path: bytes, is_folder: bool) -> list[Problem]:
@@ -5188,7 +5301,8 @@ def _remove_one(folders: Folders, path: bytes, is_folder: bool) -> list[Problem]
         else:
             os.unlink(name, dir_fd=folder)
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        # Gone, or something else by now: done in an earlier run, or not ours.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
             return [Problem(show(b"latest/" + path), f"cannot be removed: {explain(error)}")]
     return []
 
@@ -5526,16 +5640,12 @@ def resolve(addresses: Sequence[Address]) -> tuple[list[Address], list[NodeRepor
 
     found, failed = [], []
     for address in addresses:
-        if re.fullmatch(r"[0-9.]+|.*:.*", address.host):
-            found.append(address)
-            continue
         try:
             info = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
             found.append(Address(str(info[0][4][0]), address.port))
-        except OSError as error:
-            failed.append(
-                NodeReport(str(address), SILENT, error=f"this name has no address: {explain(error)}", exit_code=1)
-            )
+        except (OSError, UnicodeError) as error:
+            reason = explain(error) if isinstance(error, OSError) else "not a name of a machine"
+            failed.append(NodeReport(str(address), SILENT, error=f"has no address: {reason}", exit_code=1))
     return list(dict.fromkeys(found)), failed
 
 
@@ -5746,6 +5856,7 @@ def run_server(args: argparse.Namespace) -> int:
     clock = make_clock()
     output = Output(args, clock)
     addresses = list_addresses(args)
+    load_zmq()  # before a store is made for nothing
     settings = ServerSettings(**{name: getattr(args, name) for name in vars(ServerSettings())})
     raise_file_limit()
     stop = threading.Event()
@@ -5986,7 +6097,10 @@ class Parser(argparse.ArgumentParser):
         """Return the words of one line of an @FILE."""
         import shlex
 
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            raise UsageError(f"@FILE, line {show(arg_line)}: {error}") from None
 
 
 METAVARS: dict[Any, str] = {
@@ -6162,6 +6276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with contextlib.suppress(ValueError):  # not the main thread: somebody else's program
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half files are removed
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         args = make_parser().parse_args(arguments)
         code: int = args.run(args)
         sys.stdout.flush()
@@ -6169,6 +6286,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BackupError as error:
         print(f"zbackup: {error}", file=sys.stderr)
         return error.exit_code
+    except UnicodeDecodeError as error:
+        print(f"zbackup: @FILE is not UTF-8: {error.reason}", file=sys.stderr)
+        return UsageError.exit_code
     except KeyboardInterrupt:
         print("zbackup: interrupted", file=sys.stderr)
         return Interrupted.exit_code
