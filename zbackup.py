@@ -1644,7 +1644,7 @@ All versions are restored by `zbackup.pyz restore`; this text is for whoever has
 folder.  Do not change anything by hand below packs/ and */snapshots.
 
 <machine>/snapshots/TIME.json  one version.  "blocks" names chunks which, joined in order, give
-    one line for each path, sorted by path: a JSON object (name, mode, owner, times), a tab,
+    one line for each path, sorted (a "/" counts as lower than all else): a JSON object (name, mode, owner, times), a tab,
     and a JSON object of what was read.  A file's content is its "chunks", joined: a digest is
     a chunk, a number n is n chunks of zeros.  Where "lists" stands instead, each is the digest
     of a chunk that holds such a list as JSON.  Every chunk has 1048576 bytes but a file's last,
@@ -1661,7 +1661,7 @@ packs/ab/abcd....pack  chunks.  The name is the SHA-256 of the file: `sha256sum`
     (4 bytes), the sources' digests, then for each run: which source (2 bytes), offset in it,
     length (4 bytes each).  The chunk is the runs' bytes, joined.  Sources are of kind 1.
     A footer (for each record: offset 8 bytes, kind, 3 zeros, number of digests 4 bytes, the
-    digests) and a trailer (the footer's offset, its SHA-256, "zbindex\\n") end the pack.
+    digests) and a trailer (the footer's offset in 8 bytes, its SHA-256, "zbindex\\n") end the pack.
 
 A chunk's digest is SHA-256(h1 h2 ...), where hi is the first 16 bytes of the SHA-256 of its
 i-th 4096 bytes.
@@ -1712,7 +1712,7 @@ class Index:
         self._lock = threading.Lock()
         try:
             self._connection = self._open()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if re.search("locked|readonly|full|unable to open|I/O", str(error)):
                 raise  # not the index's fault
             for end in ("", "-wal", "-shm"):
@@ -1763,6 +1763,7 @@ class Index:
 
     def put_pack(self, name: str, rows: Iterable[tuple[bytes, int, int]]) -> None:
         """Add a durable pack: rows of digest, record, place."""
+        pack = None
         with self._locked(), self._transaction():
             cursor = self._connection.execute("INSERT OR IGNORE INTO packs (name) VALUES (?)", (name,))
             if cursor.rowcount:
@@ -1771,7 +1772,8 @@ class Index:
                     "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?)",
                     ((digest, pack, record, place) for digest, record, place in rows),
                 )
-                self._names[int(pack or 0)] = name
+        if pack is not None:
+            self._names[pack] = name
 
     def clear(self) -> None:
         """Forget all, since packs are gone: others may hold what they held."""
@@ -2342,6 +2344,8 @@ def encode_progress(progress: Progress) -> bytes:
 def decode_progress(data: bytes) -> Progress:
     """Return the Progress in a progress.json."""
     fields = Fields(data, "progress.json")
+    if fields.integer("format") != FORMAT:
+        fields.wrong("format")
     current = fields.text("current", "", CHUNK).encode("ascii", "replace")
     return Progress(
         blocks=tuple(decode_digest(text) for text in fields.texts("blocks", 1 << 30)),
@@ -2517,12 +2521,15 @@ def open_store(path: str, create: bool = False) -> Store:
         raise StoreError(f"the store {path} {'is full' if full else 'cannot be opened'}: {explain(error)}") from None
 
 
+STORE_NAMES = ("packs", "lock", "README.txt", "lost+found")  # what a store may have before it is one
+
+
 def _create_store(path: str) -> None:
     import secrets
 
     make_folder(path)
     names = os.listdir(path)
-    strange = [n for n in names if n not in ("packs", "lock", "README.txt") and not n.startswith(TEMPORARY)]
+    strange = [n for n in names if n not in STORE_NAMES and not n.startswith(TEMPORARY)]
     if strange and "zbackup.json" not in names:  # another process may make it at this moment
         what = f"not a zbackup store, and not empty (it has {show(strange[0])})"
         raise StoreError(f"{path} is {what}; name another folder with --store")
@@ -2594,8 +2601,10 @@ def execute_leftovers(plan: Leftovers) -> None:
     for path in plan.paths:
         with contextlib.suppress(OSError):
             fd = lock_file(path, shared=False)
-            os.unlink(path)
-            os.close(fd)
+            try:
+                os.unlink(path)
+            finally:
+                os.close(fd)
 
 
 # ==== 9. NODE: scan, freeze, read, answer ====
@@ -5535,7 +5544,7 @@ def parse_span(text: str) -> float:
 def write_span(seconds: float) -> str:
     """Return a span of time as parse_span reads it."""
     units = [(unit, SPANS[unit]) for unit in ("d", "h", "m", "s") if seconds % SPANS[unit] == 0]
-    return f"{seconds / units[0][1]:g}{units[0][0]}" if units and seconds else f"{seconds * 1000:g}ms"
+    return f"{seconds / units[0][1]:g}{units[0][0]}" if units and seconds else f"{round(seconds * 1000)}ms"
 
 
 def parse_size(text: str) -> int:
@@ -5645,7 +5654,7 @@ def resolve(addresses: Sequence[Address]) -> tuple[list[Address], list[NodeRepor
             found.append(Address(str(info[0][4][0]), address.port))
         except (OSError, UnicodeError) as error:
             reason = explain(error) if isinstance(error, OSError) else "not a name of a machine"
-            failed.append(NodeReport(str(address), SILENT, error=f"has no address: {reason}", exit_code=1))
+            failed.append(NodeReport(str(address), SILENT, error=f"this name has no address: {reason}", exit_code=1))
     return list(dict.fromkeys(found)), failed
 
 
