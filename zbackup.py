@@ -296,48 +296,57 @@ class Fields:
         return fields
 
     def wrong(self, name: str) -> NoReturn:
+        """Raise FormatError about a field."""
         raise FormatError(f"{self.what}: wrong value of {name}: {show(repr(self.values.get(name))[:80])}")
 
     def integer(self, name: str, default: int | None = None, low: int = 0, high: int = 1 << 63) -> int:
+        """Return a whole number from `low` to `high`."""
         value = self.values.get(name, default)
         if type(value) is not int or not low <= value <= high:
             self.wrong(name)
         return value
 
     def text(self, name: str, default: str | None = None, limit: int = 4096) -> str:
+        """Return a string of at most `limit` characters."""
         value = self.values.get(name, default)
         if type(value) is not str or len(value) > limit:
             self.wrong(name)
         return value
 
     def flag(self, name: str) -> bool:
+        """Return true or false; false where the field is missing."""
         value = self.values.get(name, False)
         if type(value) is not bool:
             self.wrong(name)
         return value
 
     def path(self, name: str) -> bytes:
+        """Return a path that cannot lead out of its root."""
         return decode_path(self.text(name, limit=PATH_LIMIT))
 
     def items(self, name: str, limit: int) -> list[Any]:
+        """Return a list of at most `limit` items; empty where the field is missing."""
         value = self.values.get(name, [])
         if type(value) is not list or len(value) > limit:
             self.wrong(name)
         return value
 
     def texts(self, name: str, limit: int = 4096, length: int = PATH_LIMIT) -> list[str]:
+        """Return a list of at most `limit` strings of at most `length` characters."""
         value = self.items(name, limit)
         if any(type(text) is not str or len(text) > length for text in value):
             self.wrong(name)
         return value
 
     def integers(self, name: str, limit: int, high: int = 1 << 63) -> list[int]:
+        """Return a list of at most `limit` whole numbers from -`high` to `high`."""
         value = self.items(name, limit)
         if any(type(number) is not int or not -high <= number <= high for number in value):
             self.wrong(name)
         return value
 
     def digest(self, name: str) -> bytes:
+        """Return the bytes of a digest."""
         return decode_digest(self.text(name, limit=2 * DIGEST))
 
 
@@ -619,21 +628,26 @@ class Entry:
 
     @functools.cached_property
     def stat(self) -> Stat:
+        """The listing half, decoded."""
         return decode_stat(self.line)
 
     @functools.cached_property
     def content(self) -> Content:
+        """The other half, decoded."""
         return decode_content(self.read)
 
     @functools.cached_property
     def key(self) -> bytes:
+        """Where the entry stands in the order of a snapshot."""
         return path_key(self.stat.path)
 
     def encode(self) -> bytes:
+        """Return the line with its end."""
         return b"%s\t%s\n" % (self.line, self.read)
 
     @classmethod
     def decode(cls, line: bytes) -> Entry:
+        """Return the Entry of a line; FormatError where it has not two halves."""
         head, tab, read = line.rstrip(b"\n").partition(b"\t")
         if not tab:
             raise FormatError("an entry without its content")
@@ -901,6 +915,7 @@ class Address:
 
     @property
     def endpoint(self) -> str:
+        """The address as ZeroMQ writes it."""
         return f"tcp://[{self.host}]:{self.port}" if ":" in self.host else f"tcp://{self.host}:{self.port}"
 
     def __str__(self) -> str:
@@ -1644,8 +1659,8 @@ All versions are restored by `zbackup.pyz restore`; this text is for whoever has
 folder.  Do not change anything by hand below packs/ and */snapshots.
 
 <machine>/snapshots/TIME.json  one version.  "blocks" names chunks which, joined in order, give
-    one line for each path, sorted (a "/" counts as lower than all else): a JSON object (name, mode, owner, times), a tab,
-    and a JSON object of what was read.  A file's content is its "chunks", joined: a digest is
+    one line for each path, sorted (a "/" counts as lower than all else): a JSON object (name,
+    mode, owner, times), a tab, and a JSON object of what was read.  A file's content is its "chunks", joined: a digest is
     a chunk, a number n is n chunks of zeros.  Where "lists" stands instead, each is the digest
     of a chunk that holds such a list as JSON.  Every chunk has 1048576 bytes but a file's last,
     whose length follows from "size".
@@ -3907,6 +3922,7 @@ class Slot:
 
     @property
     def stat(self) -> Stat:
+        """The line, decoded."""
         if self._stat is None:
             self._stat = decode_stat(self.line)
         return self._stat
@@ -3920,9 +3936,11 @@ class Slot:
 
     @property
     def done(self) -> bool:
+        """Whether nothing more is to be asked for."""
         return self.gone or self.entry is not None
 
     def finish(self, content: Content) -> None:
+        """Take what was read of the file, or why it was not."""
         self.entry = Entry(self.line, encode_content(content))
 
 
