@@ -1365,8 +1365,9 @@ class Wire:
         socket.setsockopt(self.zmq.HEARTBEAT_IVL, milliseconds)
         socket.setsockopt(self.zmq.HEARTBEAT_TIMEOUT, 3 * milliseconds)
         # A ROUTER drops what is above its mark without a word: keep it out of the credit's reach.
-        socket.setsockopt(self.zmq.SNDHWM, 4 * QUEUE_LIMIT)
-        socket.setsockopt(self.zmq.RCVHWM, 4 * QUEUE_LIMIT)
+        # It is also what bounds the memory that a server takes which asks and never reads.
+        socket.setsockopt(self.zmq.SNDHWM, 2 * QUEUE_LIMIT)
+        socket.setsockopt(self.zmq.RCVHWM, 2 * QUEUE_LIMIT)
         return socket
 
     def check(self) -> None:
@@ -3331,6 +3332,8 @@ class Files:
                     os.close(plain)
                 settings, clock = self.source.settings, self.source.clock
                 found = copy_database(self._find_name(stat.path, folder, name), target, settings.locked_timeout, clock)
+                if os.lstat(name, dir_fd=folder).st_ino != stat.inode:  # SQLite takes a name, and follows a symlink
+                    raise FileNotFoundError(errno.ENOENT, "replaced while it was copied")
             note = f"SQLite finds damage in the database: {found}" if found else ""
             fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
             return Handle(stat.path, fd, stat, os.fstat(fd).st_size, "frozen", xattrs, note)
@@ -3569,7 +3572,7 @@ class Session:
         source = Source(settings, self.home.wire.clock, roots, self.home.spool)
         self._copy = Copy(codec, source, Files(source), map(encode_stat, scan(source)))
         self._held = b""
-        return {"missing": missing, "roots": [encode_path(root.stored) for root in roots]}
+        return {"missing": missing[:ROOTS_KEPT], "roots": [encode_path(root.stored) for root in roots[:ROOTS_KEPT]]}
 
     def _list(self, message: Message, copy: Copy) -> tuple[dict[str, Any], bytes]:
         lines = [self._held] if self._held else []
@@ -3608,6 +3611,9 @@ class Session:
         return {"problem": f"--after {failure}" if failure else ""}
 
 
+COMPLAINTS = 100  # told in one node's life: a hostile peer must not fill the log
+
+
 class Node:
     """The node's main loop: it alone uses the socket; each copy runs in its session's thread."""
 
@@ -3626,6 +3632,7 @@ class Node:
         self.home = Home(settings, wire, self.listener, spool, base, say)
         self._sessions: dict[bytes, Session] = {}
         self._refused: set[str] = set()  # addresses, to say it once
+        self._complaints = 0  # about messages that are none
 
     def _lock_state(self) -> int:
         try:
@@ -3640,10 +3647,12 @@ class Node:
                 request = self.listener.receive(SLICE)
                 if request:
                     self._take(request)
-            except ProtocolError as error:
-                self.say(f"a peer {error}")
-            except FormatError as error:
-                self.say(f"a peer sent what does not decode: {error}")
+            except (ProtocolError, FormatError) as error:
+                self._complaints += 1
+                if self._complaints <= COMPLAINTS:
+                    self.say(
+                        f"a peer {error}" if isinstance(error, ProtocolError) else f"a peer sent nonsense: {error}"
+                    )
             self._look_after_sessions()
 
     def close(self) -> None:
@@ -3668,9 +3677,11 @@ class Node:
     def _refuse(self, request: Request) -> str:
         if self.settings.insecure or is_loopback(request.address):
             return ""
-        if request.address not in self._refused and len(self._refused) < 1000:
+        if request.address not in self._refused and len(self._refused) < COMPLAINTS:
             self._refused.add(request.address)
-            self.say(f"refused {show(request.address)}: without --insecure this node answers only its own machine")
+            self.say(
+                f"refused {show(request.address.replace('::ffff:', ''))}: without --insecure this node answers only its own machine"
+            )
         return (
             "the node answers only its own machine; start it with --insecure if all on this network may read its files"
         )
@@ -4355,7 +4366,7 @@ class Pull:
         answer = self.intake.call(OPEN, {"codecs": list_codecs(), "server": store}).fields
         for path in answer.texts("missing"):
             self.intake.tally.fail(path, "does not exist on the node")
-        return tuple(show(root) for root in answer.texts("roots", 1 << 16)[:ROOTS_KEPT])
+        return tuple(show(root) for root in answer.texts("roots", ROOTS_KEPT))
 
     def close(self) -> None:
         """Let the node end the copy; what --after says is noted."""
@@ -5837,6 +5848,7 @@ def run_node(args: argparse.Namespace) -> int:
     import signal
     import socket
 
+    raise_file_limit()
     clock = make_clock()
     output = Output(args, clock)
     values = {name: getattr(args, name) for name in vars(NodeSettings()) if name not in ("files", "exclude", "name")}

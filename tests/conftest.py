@@ -136,6 +136,11 @@ class World:
     def close(self) -> None:
         for node in self.nodes:
             if node.process.poll() is None:
+                node.process.terminate()
+        for node in self.nodes:
+            try:
+                node.process.wait(5)
+            except subprocess.TimeoutExpired:
                 node.process.kill()
                 node.process.wait()
 

@@ -1,0 +1,741 @@
+"""Chapter 9, NODE, its second half: databases and the answers to READ."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import World, make_database, wait_until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_node_scan import ROOT, make_source, scan
+
+import zbackup
+from zbackup import CHUNK, PAGE, Ask, Files
+
+MIB = b"\x01" * CHUNK
+
+
+class Reader:
+    """What a server gets of a node's files."""
+
+    def __init__(self, base: Path, *files: str, **options: Any) -> None:
+        self.source = make_source(base, *files, **options)
+        self.files = Files(self.source)
+
+    def read(
+        self, path: bytes, chunk: int = 0, base: bytes = b"", state: list[int] | None = None
+    ) -> tuple[dict[str, Any], bytes]:
+        """Return the answer to a READ; `base` is what the server has of the chunk."""
+        fields, parts = self.files.read(Ask(path, chunk, state or [], zbackup.hash_pages(base)))
+        return fields, b"".join(parts)
+
+    def copy(self, path: bytes) -> tuple[dict[str, Any], bytes]:
+        """Read all of a file; returns the first answer and the content."""
+        first, data = self.read(path)
+        fields, whole = first, bytearray()
+        while len(whole) < first.get("size", 0):
+            assert fields["status"] in ("whole", "zeros"), fields
+            whole += data or bytes(min(fields["count"] * CHUNK, first["size"] - len(whole)))
+            fields, data = self.read(path, len(whole) // CHUNK)
+        return first, bytes(whole)
+
+    def close(self) -> None:
+        self.files.close()
+        self.source.close()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    (tmp_path / "files").mkdir()
+    return tmp_path
+
+
+def copy(base: Path, path: bytes = b"files/bd", **options: Any) -> tuple[dict[str, Any], bytes]:
+    reader = Reader(base, **options)
+    try:
+        return reader.copy(path)
+    finally:
+        reader.close()
+
+
+def status(base: Path, path: bytes) -> str:
+    reader = Reader(base)
+    try:
+        return str(reader.read(path)[0]["status"])
+    finally:
+        reader.close()
+
+
+def query(base: Path, data: bytes, sql: str) -> list[Any]:
+    """Return what the copied database `data` says; it must be sound."""
+    path = base / f"query-{random.random()}"
+    path.write_bytes(data)
+    connection = sqlite3.connect(path)
+    try:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return connection.execute(sql).fetchall()
+    finally:
+        connection.close()
+
+
+def fingerprint(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Return the time and content of each file of a folder."""
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def run_child(code: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+
+
+# ---- databases: which files are ----
+
+
+def test_database_recognised_by_its_header(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    (tree / "files/cut").write_bytes((tree / "files/bd").read_bytes()[:1000])
+    (tree / "files/text").write_bytes(b"SQLite format 3" + b" " * 4081)
+    (tree / "files/empty").touch()
+    (tree / "files/folder").mkdir()
+    listed = scan(tree)
+    assert [path for path in listed if listed[path].database] == [b"files/bd"]
+    assert listed[b"files/bd"].wal == ()
+
+
+def test_companions_left_out_only_beside_a_database(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    (tree / "files/notes").write_text("no database")
+    for name in ("bd", "notes", "nothing"):
+        for end in ("-wal", "-shm", "-journal", "-walrus"):
+            (tree / f"files/{name}{end}").write_text("data")
+    (tree / "files/dir-wal").mkdir()
+    left_out = {b"files/bd-wal", b"files/bd-shm", b"files/bd-journal"}
+    there = {b"files/" + os.fsencode(path.name) for path in (tree / "files").iterdir()}
+    assert set(scan(tree)) == there - left_out | {b"files"}
+
+
+def test_companions_not_readable(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    (tree / "files/bd-wal").write_text("data")
+    assert status(tree, b"files/bd-wal") == "gone"
+
+
+@pytest.mark.parametrize("size", [1000, 8192])
+def test_companions_of_what_is_no_database_kept(tree: Path, size: int) -> None:
+    (tree / "files/bd").write_bytes(zbackup.DATABASE_MAGIC + b"\xaa" * (size - 16))
+    (tree / "files/bd-journal").write_text("the only way to mend it")
+    assert copy(tree)[0]["grade"] == "stable"
+    assert b"files/bd-journal" in scan(tree)
+
+
+# ---- databases: what a copy holds ----
+
+PRAGMAS = {
+    "plain": (),
+    "wal": ("journal_mode = WAL",),
+    "persist": ("journal_mode = PERSIST",),
+    "page 512": ("page_size = 512",),
+    "page 65536": ("page_size = 65536",),
+    "vacuum": ("auto_vacuum = INCREMENTAL",),
+    "utf-16": ("encoding = 'UTF-16be'",),
+    "ids": ("user_version = 77", "application_id = 78"),
+}
+
+
+@pytest.mark.parametrize("pragmas", PRAGMAS.values(), ids=PRAGMAS)
+def test_database_at_rest_copied_bit_for_bit(tree: Path, pragmas: tuple[str, ...]) -> None:
+    connection = sqlite3.connect(tree / "files/bd")
+    for pragma in pragmas:
+        connection.execute(f"PRAGMA {pragma}")
+    connection.execute("CREATE TABLE t (a INTEGER PRIMARY KEY, b)")
+    connection.executemany("INSERT INTO t (b) VALUES (?)", ((os.urandom(300),) for _ in range(5000)))
+    connection.commit()
+    connection.execute("DELETE FROM t WHERE a % 3")  # leaves free pages
+    connection.execute("CREATE INDEX i ON t (b)")
+    connection.commit()
+    connection.close()
+    before = fingerprint(tree / "files")
+    fields, data = copy(tree)
+    assert fields["grade"] == "frozen"
+    assert "note" not in fields
+    assert data == before["bd"][1]
+    assert fingerprint(tree / "files") == before, "the source is as it was, with nothing left beside it"
+
+
+def test_database_at_rest_in_wal_mode_leaves_its_folder_alone(tree: Path) -> None:
+    make_database(tree / "files/bd", wal=True).close()
+    os.utime(tree / "files", ns=(0, 0))
+    copy(tree)
+    assert (tree / "files").stat().st_mtime_ns == 0
+
+
+def test_wal_not_checkpointed_is_in_the_copy(tree: Path) -> None:
+    connection = make_database(tree / "files/bd", wal=True)
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    connection.execute("INSERT INTO t VALUES (5000, 'late')")
+    connection.commit()
+    before = (tree / "files/bd").read_bytes(), (tree / "files/bd-wal").read_bytes()
+    fields, data = copy(tree)
+    assert query(tree, data, "SELECT b FROM t WHERE a = 5000") == [("late",)]
+    assert (fields["grade"], scan(tree)[b"files/bd"].state) == ("frozen", fields["state"])
+    assert ((tree / "files/bd").read_bytes(), (tree / "files/bd-wal").read_bytes()) == before
+    connection.close()
+
+
+def test_wal_without_its_index_leaves_no_litter(tree: Path) -> None:
+    connection = make_database(tree / "bd", wal=True)
+    for name in ("bd", "bd-wal"):  # as a restore or a crash of the machine leaves them
+        shutil.copyfile(tree / name, tree / "files" / name)
+    connection.close()
+    assert query(tree, copy(tree)[1], "SELECT count(*) FROM t") == [(1000,)]
+    assert sorted(os.listdir(tree / "files")) == ["bd", "bd-wal"]
+
+
+def test_empty_wal_counts_as_none(tree: Path) -> None:
+    connection = make_database(tree / "files/bd", wal=True)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert (tree / "files/bd-wal").stat().st_size == 0
+    fields, data = copy(tree)
+    connection.close()
+    assert (fields["state"][4:], fields["grade"], data) == ([], "frozen", (tree / "files/bd").read_bytes())
+
+
+def test_uncommitted_is_not_in_the_copy(tree: Path) -> None:
+    connection = make_database(tree / "files/bd")
+    connection.execute("INSERT INTO t VALUES (5000, 'never')")
+    assert query(tree, copy(tree)[1], "SELECT count(*) FROM t") == [(1000,)]
+    connection.rollback()
+    connection.close()
+
+
+WRITER = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], timeout=60, isolation_level=None)
+number = 100000
+while True:
+    number += 1
+    connection.execute("INSERT INTO t VALUES (?, ?)", (number, os.urandom(500)))
+    if number == 100020:
+        print("writing", flush=True)
+"""
+
+
+def newest_row(path: Path) -> int:
+    """Return the newest committed row, through the small gaps that a busy writer leaves."""
+    found: list[int] = []
+
+    def look() -> bool:
+        connection = sqlite3.connect(path, timeout=0)
+        with contextlib.suppress(sqlite3.OperationalError):
+            found.extend(connection.execute("SELECT max(a) FROM t").fetchone())
+        connection.close()
+        return bool(found)
+
+    while not look():
+        time.sleep(random.random() / 200)
+    return found[0]
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE", "TRUNCATE"])
+def test_copy_beside_a_writer_without_pause(tree: Path, mode: str) -> None:
+    connection = make_database(tree / "files/bd", rows=20000)
+    connection.execute(f"PRAGMA journal_mode = {mode}")
+    connection.close()
+    writer = run_child(WRITER, tree / "files/bd")
+    try:
+        assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+        for _ in range(4):
+            committed = newest_row(tree / "files/bd")
+            fields, data = copy(tree)
+            assert fields["grade"] == "frozen", fields
+            assert "note" not in fields
+            [(newest, count)] = query(tree, data, "SELECT max(a), count(*) FROM t")
+            assert newest >= committed
+            assert count == 20000 + newest - 100000, "no row is missing"
+        assert writer.poll() is None, "the writer was not disturbed"
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
+DYING = """
+import os, signal, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 5")
+connection.execute("BEGIN")
+connection.execute("UPDATE t SET b = zeroblob(100)")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("wal", [False, True])
+def test_copy_after_a_writer_was_killed(tree: Path, wal: bool) -> None:
+    make_database(tree / "files/bd", rows=5000, wal=wal).close()
+    whole = (tree / "files/bd").read_bytes()
+    run_child(DYING, tree / "files/bd").communicate()
+    before = fingerprint(tree / "files")
+    assert "bd-wal" in before if wal else (before["bd"][1] != whole and "bd-journal" in before)
+    fields, data = copy(tree)
+    assert fields["grade"] == "frozen"
+    assert "note" not in fields
+    assert query(tree, data, "SELECT count(*) FROM t WHERE b != zeroblob(100)") == [(5000,)]
+    after = fingerprint(tree / "files")
+    for files in (before, after):
+        files.pop("bd-shm", None)  # a reader may rebuild it
+    assert after == before
+
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN EXCLUSIVE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process holds a database."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_database_locked_for_too_long(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    with held(tree / "files/bd"):
+        started = time.monotonic()
+        fields, data = copy(tree, locked_timeout=0.3)
+        took = time.monotonic() - started
+    assert (fields["status"], data) == ("error", b"")
+    assert "locked" in fields["error"]
+    assert 0.3 <= took < 3
+
+
+def test_database_locked_for_a_while(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    with held(tree / "files/bd") as holder:
+        late = run_child("import os, sys, time; time.sleep(0.5); os.kill(int(sys.argv[1]), 9)", holder.pid)
+        fields, data = copy(tree, locked_timeout=20)
+        late.communicate()
+    assert query(tree, data, "SELECT count(*) FROM t") == [(1000,)]
+    assert fields["grade"] == "frozen"
+
+
+def test_database_of_garbage_copied_as_a_plain_file(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    head = (tree / "files/bd").read_bytes()[: zbackup.DATABASE_HEAD]
+    garbage = head + random.Random(1).randbytes(3 * CHUNK // 2 - len(head))
+    (tree / "files/bd").write_bytes(garbage)
+    fields, data = copy(tree)
+    assert (fields["grade"], data) == ("stable", garbage)
+    assert "copied as a plain file" in fields["note"]
+
+
+def test_file_with_no_more_than_the_magic_is_a_plain_file(tree: Path) -> None:
+    garbage = zbackup.DATABASE_MAGIC + random.Random(1).randbytes(8192 - 16)
+    (tree / "files/bd").write_bytes(garbage)
+    fields, data = copy(tree)
+    assert (fields["grade"], data) == ("stable", garbage)
+    assert "note" not in fields
+
+
+def test_damaged_database_copied_with_a_note(tree: Path) -> None:
+    make_database(tree / "files/bd", rows=5000).close()
+    with open(tree / "files/bd", "r+b") as file:
+        file.seek(20 * PAGE)
+        file.write(b"\xff" * PAGE)
+    fields, data = copy(tree)
+    assert "damage" in fields["note"]
+    assert data == (tree / "files/bd").read_bytes()
+
+
+def test_database_with_a_collation_of_its_program_is_no_damage(tree: Path) -> None:
+    connection = sqlite3.connect(tree / "files/bd")
+    connection.create_collation("ours", lambda a, b: (a > b) - (a < b))
+    connection.execute("CREATE TABLE t (a TEXT COLLATE ours)")
+    connection.execute("CREATE INDEX i ON t (a)")
+    connection.executemany("INSERT INTO t VALUES (?)", (("x",), ("y",)))
+    connection.commit()
+    connection.close()
+    fields, data = copy(tree)
+    assert data == (tree / "files/bd").read_bytes()
+    assert "note" not in fields
+
+
+def test_database_with_a_module_of_its_program_is_no_damage(tree: Path) -> None:
+    connection = make_database(tree / "files/bd")
+    connection.execute("PRAGMA writable_schema = ON")
+    connection.execute(
+        "INSERT INTO sqlite_master VALUES ('table', 'v', 'v', 0, 'CREATE VIRTUAL TABLE v USING ours(a)')"
+    )
+    connection.commit()
+    connection.close()
+    fields, data = copy(tree)
+    assert data == (tree / "files/bd").read_bytes()
+    assert "note" not in fields
+
+
+@pytest.mark.parametrize("wal", [False, True])
+def test_database_with_an_odd_name(tree: Path, wal: bool) -> None:
+    name = b"a?mode=memory#%41\n\xff bd"
+    connection = make_database(tree / "plain", wal=wal)
+    connection.close()
+    shutil.copyfile(tree / "plain", os.path.join(os.fsencode(tree), b"files", name))
+    fields, data = copy(tree, b"files/" + name)
+    assert (fields["grade"], data) == ("frozen", (tree / "plain").read_bytes())
+    assert os.listdir(os.fsencode(tree / "files")) == [name]
+
+
+def test_database_deeper_than_sqlite_can_open(tree: Path) -> None:
+    deep = tree / "files" / "/".join(["x" * 200] * 4)
+    deep.mkdir(parents=True)
+    make_database(tree / "bd").close()
+    shutil.copyfile(tree / "bd", deep / "bd")
+    fields, data = copy(tree, os.fsencode((deep / "bd").relative_to(tree)))
+    assert (fields["grade"], data) == ("frozen", (tree / "bd").read_bytes())
+
+
+def test_database_that_changes_beyond_sqlites_reach_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_database(tree / "files/bd").close()
+    plain = shutil.copyfile
+
+    def copy_and_change(source: str, target: str) -> None:
+        plain(source, target)
+        os.utime(source, ns=(1, 1))
+
+    monkeypatch.setattr(shutil, "copyfile", copy_and_change)
+    with pytest.raises(OSError, match="changed while it was copied"):
+        zbackup.recover_database(str(tree / "files/bd"), str(tree / "copy"))
+
+
+def test_frozen_copies_leave_nothing_in_the_spool(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    (tree / "files/garbage").write_bytes(zbackup.DATABASE_MAGIC + b"\xaa" * 4080)
+    copy(tree)
+    copy(tree, b"files/garbage")
+    assert os.listdir(tree / "spool") == []
+
+
+def test_full_spool_is_an_error(tree: Path) -> None:
+    make_database(tree / "files/bd", rows=20000).close()
+    (tree / "spool").mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", tree / "spool"], capture_output=True)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount a tmpfs: {done.stderr.decode().strip()}")
+    try:
+        fields, _ = copy(tree)
+    finally:
+        subprocess.run(["umount", tree / "spool"], check=True)
+    assert fields["status"] == "error"
+    assert "full" in fields["error"]
+
+
+def test_two_sessions_copy_one_database_beside_a_writer(world: World) -> None:
+    make_database(world.files / "bd", rows=20000).close()
+    writer = run_child(WRITER, world.files / "bd")
+    try:
+        assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+        world.node()
+        servers = [world.server("--store", f"store-{number}") for number in range(3)]
+        assert [server.process.wait(60) for server in servers] == [0, 0, 0], [server.output for server in servers]
+    finally:
+        writer.kill()
+        writer.communicate()
+
+
+# ---- answers to READ ----
+
+
+def test_read_same_patch_whole(tree: Path) -> None:
+    old = random.Random(1).randbytes(20 * PAGE + 100)
+    reader = Reader(tree)
+    path = tree / "files/a"
+    path.write_bytes(old)
+    assert reader.read(b"files/a", base=old)[0]["status"] == "same"
+    new = bytearray(old)
+    new[3 * PAGE] ^= 1
+    new[5 * PAGE - 1] ^= 1
+    new[-1] ^= 1
+    path.write_bytes(new)
+    fields, data = reader.read(b"files/a", base=old)
+    assert (fields["status"], fields["runs"]) == ("patch", [[3, 2], [20, 1]])
+    assert data == new[3 * PAGE : 5 * PAGE] + new[20 * PAGE :]
+    assert fields["digest"] == zbackup.digest_pages(zbackup.hash_pages(new)).hex()
+    path.write_bytes(random.Random(2).randbytes(20 * PAGE))
+    assert reader.read(b"files/a", base=old)[0]["status"] == "whole"
+    assert reader.read(b"files/a")[1] == path.read_bytes()
+    reader.close()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=12), st.binary(max_size=12), st.integers(1, PAGE))
+def test_patch_on_its_base_gives_the_new_chunk(old: bytes, new: bytes, cut: int) -> None:
+    def spread(pages: bytes) -> bytes:
+        return b"".join(bytes([page]) * PAGE for page in pages)[: len(pages) * PAGE - PAGE + cut]
+
+    base, data = spread(old), spread(new)
+    runs = zbackup.compare_pages(zbackup.hash_pages(data), zbackup.hash_pages(base), len(data))
+    if runs is not None:
+        made = bytearray(base[: len(data)].ljust(len(data)))
+        for first, count in runs:
+            made[first * PAGE : (first + count) * PAGE] = data[first * PAGE : (first + count) * PAGE]
+        assert made == data
+        assert sum(count for _, count in runs) * PAGE <= max(len(data), 2 * PAGE)
+
+
+def test_read_zeros_and_end(tree: Path) -> None:
+    (tree / "files/empty").touch()
+    (tree / "files/zeros").write_bytes(bytes(CHUNK + 5))
+    reader = Reader(tree)
+    fields, data = reader.read(b"files/empty")
+    assert (fields["status"], fields["size"], data) == ("end", 0, b"")
+    for chunk in (0, 1):
+        fields, data = reader.read(b"files/zeros", chunk)
+        assert (fields["status"], fields["count"], data) == ("zeros", 1, b"")
+    assert reader.read(b"files/zeros", 2)[0]["status"] == "end"
+    assert reader.read(b"files/zeros", 1 << 40)[0]["status"] in ("end", "error")
+    reader.close()
+
+
+@pytest.mark.parametrize("name", [b"plain", b"sparse"])
+def test_read_of_the_highest_chunk(tree: Path, name: bytes) -> None:
+    (tree / "files/plain").write_bytes(MIB)
+    with open(tree / "files/sparse", "wb") as file:
+        file.truncate(CHUNK)
+    reader = Reader(tree)
+    reader.read(b"files/" + name)
+    assert reader.read(b"files/" + name, zbackup.FILE_LIMIT // CHUNK)[0]["status"] in ("end", "error")
+    reader.close()
+
+
+def test_holes_skipped(tree: Path) -> None:
+    with open(tree / "files/holes", "wb") as file:
+        file.truncate(10 << 30)
+        file.seek((5 << 30) + 7 * CHUNK + 100)
+        file.write(b"data")
+    reader = Reader(tree)
+    started = time.monotonic()
+    chunk, answers = 0, []
+    while chunk < 10240:
+        fields, data = reader.read(b"files/holes", chunk)
+        answers.append((chunk, fields["status"], data.strip(b"\0")))
+        chunk += fields.get("count", 1)
+    assert answers == [(0, "zeros", b""), (5127, "whole", b"data"), (5128, "zeros", b"")]
+    assert time.monotonic() - started < 1
+    reader.close()
+
+
+def test_read_gone_and_error(tree: Path) -> None:
+    (tree / "files/folder").mkdir()
+    (tree / "files/a").write_text("data")
+    for path in (b"files", b"files/no", b"files/no/no", b"files/folder", b"files/a/b", b"etc/passwd", b"filesx", b"a"):
+        assert status(tree, path) == "gone", path
+    assert status(tree, b"files/" + b"x" * 256) == "error"
+
+
+def test_read_lost(tree: Path) -> None:
+    for number in range(6):
+        (tree / f"files/{number}").write_bytes(MIB + b"more")
+    reader = Reader(tree)
+    assert reader.read(b"files/0", 1)[0] == {"status": "lost"}, "never begun"
+    for number in range(5):
+        reader.read(b"files/%d" % number)
+    assert reader.read(b"files/0", 1)[0] == {"status": "lost"}, "four others were begun since"
+    assert reader.read(b"files/1", 1)[1] == b"more"
+    reader.close()
+
+
+def test_state_tells_that_a_file_changed(tree: Path) -> None:
+    path = tree / "files/a"
+    path.write_bytes(MIB * 2)
+    stat = scan(tree)[b"files/a"]
+    reader = Reader(tree)
+    first = reader.read(b"files/a", state=stat.state)[0]
+    assert first["state"] == stat.state
+    assert "line" not in first
+    with open(path, "r+b") as file:
+        file.seek(CHUNK)
+        file.write(b"changed")
+    second, data = reader.read(b"files/a", 1)
+    assert data.startswith(b"changed")
+    assert second["state"] != stat.state
+    again = reader.read(b"files/a", state=stat.state)[0]
+    assert zbackup.decode_stat(again["line"].encode()).state == again["state"] == second["state"]
+    reader.close()
+
+
+def test_file_that_shrinks_or_grows_while_read(tree: Path) -> None:
+    for name in ("less", "more"):
+        (tree / "files" / name).write_bytes(MIB * 3)
+    reader = Reader(tree)
+    first = {name: reader.read(b"files/" + name)[0] for name in (b"less", b"more")}
+    os.truncate(tree / "files/less", CHUNK + 10)
+    with open(tree / "files/more", "ab") as file:
+        file.write(MIB)
+    assert reader.read(b"files/less", 1)[1] == MIB[:10]
+    fields, _ = reader.read(b"files/less", 2)
+    assert (fields["status"], fields["state"] == first[b"less"]["state"]) == ("end", False)
+    assert reader.read(b"files/more", 2)[0]["state"] != first[b"more"]["state"]
+    reader.close()
+
+
+def test_file_replaced_while_read_stays_the_one_that_was_opened(tree: Path) -> None:
+    (tree / "files/a").write_bytes(MIB + b"old")
+    (tree / "files/b").write_bytes(MIB + b"new")
+    reader = Reader(tree)
+    first = reader.read(b"files/a")[0]
+    os.replace(tree / "files/b", tree / "files/a")
+    fields, data = reader.read(b"files/a", 1)
+    assert (data, fields["state"][3]) == (b"old", first["state"][3])
+    reader.close()
+
+
+def test_swapped_in_symlinks_give_no_data(tree: Path) -> None:
+    (tree / "secret").mkdir()
+    (tree / "secret/key").write_text("secret")
+    (tree / "files/folder").mkdir()
+    (tree / "files/folder/key").write_text("data")
+    (tree / "files/file").write_text("data")
+    make_database(tree / "files/bd").close()
+    make_database(tree / "secret/bd").close()
+    reader = Reader(tree)
+    paths = (b"files/folder/key", b"files/file", b"files/bd")
+    assert [reader.read(path)[0]["status"] for path in paths] == ["whole"] * 3
+    shutil.rmtree(tree / "files/folder")
+    for name, target in (("folder", "secret"), ("file", "secret/key"), ("bd", "secret/bd")):
+        with contextlib.suppress(FileNotFoundError):
+            (tree / "files" / name).unlink()
+        (tree / "files" / name).symlink_to(tree / target)
+    assert [reader.read(path) for path in paths] == [({"status": "gone"}, b"")] * 3
+    reader.close()
+
+
+def test_file_that_became_a_fifo_is_gone_at_once(tree: Path) -> None:
+    os.mkfifo(tree / "files/a")
+    (tree / "files/b").write_text("data")
+    reader = Reader(tree)
+    folder, name = reader.source.parent(b"files/a")
+    with pytest.raises(FileNotFoundError):
+        reader.files._open_file(b"files/a", folder, name)
+    assert reader.read(b"files/a")[0] == {"status": "gone"}
+    reader.close()
+
+
+def test_file_closed_when_its_attributes_cannot_be_read(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tree / "files/a").write_text("data")
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, "listxattr", lambda *args, **more: [f"user.{n}" for n in range(3)])
+    monkeypatch.setattr(os, "getxattr", lambda *args, **more: bytes(zbackup.XATTR_LIMIT // 4))
+    reader = Reader(tree)
+    fields, _ = reader.read(b"files/a")
+    reader.close()
+    assert (fields["status"], "extended attributes" in fields["error"]) == ("error", True)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_descriptors_do_not_pile_up(tree: Path) -> None:
+    for number in range(50):
+        (tree / f"files/{number}").write_text("data")
+        make_database(tree / f"files/bd{number}", rows=1).close()
+    before = len(os.listdir("/proc/self/fd"))
+    reader = Reader(tree)
+    for number in range(50):
+        reader.read(b"files/%d" % number)
+        reader.read(b"files/bd%d" % number)
+    assert len(os.listdir("/proc/self/fd")) <= before + Files.MOST + 3
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_file_that_keeps_changing_is_torn(world: World) -> None:
+    path = world.files / "a"
+    path.write_bytes(MIB * 4)
+    world.node()
+    changer = run_child("import sys\nwhile True: open(sys.argv[1], 'r+b').write(b'x')", path)
+    try:
+        wait_until(lambda: path.read_bytes()[0] == ord("x"))
+        node = world.sweep("--tries", "2", "--pause", "0.01", code=1)["nodes"][0]
+    finally:
+        changer.kill()
+        changer.communicate()
+    assert node["snapshot"]["grade"] == "torn"
+
+
+# ---- clones ----
+
+
+@pytest.fixture(scope="module", params=["btrfs", "xfs"])
+def cloning(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on a filesystem that can clone files."""
+    tool = shutil.which(f"mkfs.{request.param}")
+    if not tool or not ROOT:
+        pytest.skip(f"mkfs.{request.param} is not installed, or this is not root")
+    top = tmp_path_factory.mktemp(request.param)
+    image, folder = top / "image", top / "mount"
+    folder.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(400 << 20)
+    subprocess.run([tool, "-q", image], check=True, capture_output=True)
+    done = subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"cannot mount {request.param}: {done.stderr.strip()}")
+    (folder / "files").mkdir()
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_clone_is_frozen_at_its_first_chunk(cloning: Path) -> None:
+    path = cloning / "files/large"
+    path.write_bytes(MIB * 3 + b"end")
+    reader = Reader(cloning)
+    first = reader.read(b"files/large")[0]
+    path.write_bytes(b"other")
+    rest = [reader.read(b"files/large", chunk) for chunk in (1, 2, 3)]
+    reader.close()
+    assert first["grade"] == "frozen"
+    assert b"".join(data for _, data in rest) == MIB * 2 + b"end"
+    assert all(fields["state"] == first["state"] for fields, _ in rest)
+    assert os.listdir(cloning / "files") == ["large"]
+
+
+def test_clone_of_a_file_on_a_mount_without_room_or_rights(cloning: Path) -> None:
+    (cloning / "files/large").write_bytes(MIB * 2)
+    subprocess.run(["mount", "-o", "remount,ro", cloning], check=True)
+    try:
+        reader = Reader(cloning.parent, "mount/files")
+        fields = reader.read(b"mount/files/large")[0]
+        reader.close()
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", cloning], check=True)
+    assert (fields["status"], fields["grade"]) == ("whole", "stable")
+
+
+# ---- hooks ----
+
+
+def test_hook_tells_what_went_wrong() -> None:
+    assert zbackup.run_hook("exit 0") == ""
+    assert zbackup.run_hook("exit 7") == "ended with code 7"
+    assert zbackup.run_hook("echo one; printf '\\033two\\n' >&2; exit 1") == "ended with code 1: one | \\x1btwo"
+    said = zbackup.run_hook("head -c 1000000 /dev/zero | tr '\\0' x; exit 1")
+    assert len(said) < zbackup.HOOK_OUTPUT + 100
+    assert zbackup.run_hook(f"kill -{signal.SIGKILL:d} $$") == "ended with code -9"
