@@ -77,7 +77,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import contextlib
 import errno
 import functools
@@ -120,7 +119,8 @@ DIGEST = 32  # bytes of a SHA-256
 LIST_SPAN = 1024  # chunks named by one list: 1 GiB of a file, so that memory stays flat
 MOST_SOURCES = 16  # chunks that one patch may draw from before it is written whole again
 PATH_LIMIT = 32768  # bytes of one path; folders opened one by one may nest beyond PATH_MAX
-FILE_LIMIT = 1 << 50  # bytes of one file, mostly holes: 1 PiB names a million lists
+FILE_LIMIT = 1 << 46  # bytes of one file: 64 TiB name 65,536 lists, 4 MB in one entry
+ENTRY_LIMIT = 8 << 20  # bytes of one entry's line
 OWNER_LIMIT = (1 << 32) - 2  # of user and group numbers; the next one means "none" to chown(2)
 
 # Limits against a hostile or broken peer.
@@ -185,6 +185,10 @@ class ProtocolError(NodeError):
 
 class FormatError(BackupError):
     """Bytes that do not decode as what they should be."""
+
+
+class CodecError(FormatError):
+    """Bytes in a codec that this Python lacks."""
 
 
 class StoreError(BackupError):
@@ -434,7 +438,7 @@ def decompress(codec: int, data: bytes | memoryview, size: int) -> bytes:
     elif codec == ZSTD and load_zstd():
         raw = _decompress(load_zstd().ZstdDecompressor(), data, size, load_zstd().ZstdError)
     elif codec == ZSTD:
-        raise StoreError("this data is compressed with zstd, which this Python lacks: install backports.zstd")
+        raise CodecError("compressed with zstd, which this Python lacks: install backports.zstd")
     else:
         raise FormatError(f"unknown codec {codec}")
     if len(raw) != size:
@@ -849,6 +853,7 @@ class Snapshot:
     identity: str = ""
     host: str = ""
     roots: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()  # what the node was told to serve and does not exist
     blocks: tuple[bytes, ...] = ()  # digests of the blocks of entries, in order
     totals: Totals = Totals()
     problems: tuple[Problem, ...] = ()
@@ -892,6 +897,7 @@ def decode_snapshot(data: bytes, folder: str, name: str) -> Snapshot:
         identity=fields.text("identity", ""),
         host=fields.text("host", ""),
         roots=tuple(fields.texts("roots")),
+        missing=tuple(fields.texts("missing")),
         blocks=tuple(decode_digest(text) for text in fields.texts("blocks", 1 << 30)),
         totals=Totals(**{name: totals.integer(name, 0) for name in vars(Totals())}),
         problems=tuple(Problem(str(path), str(message)) for path, message in problems),
@@ -1309,6 +1315,7 @@ HELLO, OPEN, LIST, READ, CLOSE = "HELLO", "OPEN", "LIST", "READ", "CLOSE"  # ask
 WORKING, ERROR = "WORKING", "ERROR"  # answers to any of them
 SLICE = 200  # ms; how long a wait may go without looking whether it should end
 LAST_WORD = 300  # ms that a last question may take on its way out
+MOST_SOCKETS = 8192  # of one process
 ASIDE = 4  # requests in flight beside the window of bytes
 
 # What a monitored connection went through, as far as libzmq tells.
@@ -1353,11 +1360,14 @@ class Wire:
         self.stop = stop
         self.heartbeat = heartbeat
         self.context: zmq.Context[zmq.Socket[bytes]] = self.zmq.Context()
-        self.context.set(self.zmq.MAX_SOCKETS, 8192)
+        self.context.set(self.zmq.MAX_SOCKETS, MOST_SOCKETS)
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """Return a socket with the settings that all of ours have."""
-        socket = self.context.socket(kind)
+        try:
+            socket = self.context.socket(kind)
+        except self.zmq.ZMQError as error:
+            raise BackupError(f"no socket can be made: {error.strerror}; see ulimit -n") from None
         milliseconds = to_milliseconds(self.heartbeat)
         socket.setsockopt(self.zmq.LINGER, 0)
         socket.setsockopt(self.zmq.IPV6, 1)
@@ -1369,6 +1379,16 @@ class Wire:
         socket.setsockopt(self.zmq.SNDHWM, 2 * QUEUE_LIMIT)
         socket.setsockopt(self.zmq.RCVHWM, 2 * QUEUE_LIMIT)
         return socket
+
+    def peers_at_once(self) -> int:
+        """Return how many peers there may be side by side, by descriptors and by libzmq's count of sockets."""
+        try:
+            import resource
+
+            descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        except ImportError:
+            descriptors = 1024
+        return max(1, min((descriptors - 64) // 8, MOST_SOCKETS // 4))
 
     def check(self) -> None:
         """Raise Interrupted when the process is to stop."""
@@ -1409,7 +1429,7 @@ class Peer:
         self.events: list[str] = []  # what the connection went through
         self._number = 0
         self._linger = 0  # ms
-        self._owed: deque[tuple[int, int, Callable[[Message], None]]] = deque()
+        self._owed: deque[tuple[str, int, int, Callable[[Message], None]]] = deque()
         self._cost = 0  # bytes that the owed answers may have
         zmq = wire.zmq
         self.socket = wire.socket(zmq.DEALER)
@@ -1457,7 +1477,7 @@ class Peer:
     ) -> None:
         """Send a question; `on_answer` gets its answer during a later step."""
         self._number += 1
-        self._owed.append((self._number, cost, on_answer))
+        self._owed.append((kind, self._number, cost, on_answer))
         self._cost += cost
         self.socket.send_multipart(encode_message(kind, self._number, fields, body), copy=False)
 
@@ -1486,9 +1506,9 @@ class Peer:
             quiet = now + timeout
 
     def _hand_on(self, message: Message) -> None:
-        if not self._owed or message.number != self._owed[0][0]:
+        kind, number, cost, on_answer = self._owed.popleft() if self._owed else ("", 0, 0, lambda message: None)
+        if message.number != number or message.kind not in (kind, ERROR):
             raise ProtocolError("sent an answer that nobody asked for")
-        _, cost, on_answer = self._owed.popleft()
         self._cost -= cost
         try:
             if message.kind == ERROR:
@@ -1661,10 +1681,10 @@ folder.  Do not change anything by hand below packs/ and */snapshots.
 
 <machine>/snapshots/TIME.json  one version.  "blocks" names chunks which, joined in order, give
     one line for each path, sorted (a "/" counts as lower than all else): a JSON object (name,
-    mode, owner, times), a tab, and a JSON object of what was read.  A file's content is its "chunks", joined: a digest is
-    a chunk, a number n is n chunks of zeros.  Where "lists" stands instead, each is the digest
-    of a chunk that holds such a list as JSON.  Every chunk has 1048576 bytes but a file's last,
-    whose length follows from "size".
+    mode, owner, times), a tab, and a JSON object of what was read.  A file's content is its
+    "chunks", joined: a digest is a chunk, a number n is n chunks of zeros.  Where "lists" stands
+    instead, each is the digest of a chunk that holds such a list as JSON.  Every chunk has
+    1048576 bytes but a file's last, whose length follows from "size".
 
 packs/ab/abcd....pack  chunks.  The name is the SHA-256 of the file: `sha256sum` checks it.
     After 8 bytes "zbpack1\\n" follow records; all integers are little-endian:
@@ -1785,7 +1805,7 @@ class Index:
             if cursor.rowcount:
                 pack = cursor.lastrowid
                 self._connection.executemany(
-                    "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?)",  # the newer one mends the older
                     ((digest, pack, record, place) for digest, record, place in rows),
                 )
         if pack is not None:
@@ -1870,6 +1890,7 @@ class PackWriter:
         self.index = index
         self.codec, self.level = codec, level
         self.added = 0  # bytes of all packs sealed, and of the one in the making
+        self.distrusted: set[bytes] = set()  # digests to be stored although the store seems to have them
         self.fd = -1
         self._path = ""
         self._start()
@@ -1909,7 +1930,7 @@ class PackWriter:
     def unknown(self, digests: Iterable[bytes]) -> set[bytes]:
         """Return those digests that neither this pack nor the store holds."""
         new = {d for d in digests if d not in self._places and d not in self._waiting}
-        return new - self.index.find(list(new)).keys() if new else new
+        return new - (self.index.find(list(new)).keys() - self.distrusted) if new else new
 
     def find(self, digest: bytes) -> Place | None:
         """Return the place of a digest in this pack, if it holds it."""
@@ -2026,6 +2047,7 @@ class Reader:
         self.packs = packs
         self.index = index
         self.open_pack: PackWriter | None = None  # looked into first
+        self.distrusted: set[bytes] = set()  # digests that could not be read: to be stored anew
         self._files: OrderedDict[str, int] = OrderedDict()  # descriptors of the last packs read
         self._records: OrderedDict[tuple[str, int], Record] = OrderedDict()
         self._raws: OrderedDict[tuple[str, int], bytes] = OrderedDict()
@@ -2102,6 +2124,13 @@ class Reader:
 
     def get(self, digest: bytes) -> bytes:
         """Return a chunk, checked; StoreError naming the pack where it is not what it was (I5)."""
+        try:
+            return self._get(digest)
+        except StoreError:
+            self.distrusted.add(digest)
+            raise
+
+    def _get(self, digest: bytes) -> bytes:
         place = self.find(digest)
         with self._naming(place):
             record, data = self._row(place)
@@ -2122,6 +2151,8 @@ class Reader:
     def _naming(self, place: Place) -> Iterator[None]:
         try:
             yield
+        except CodecError as error:
+            raise StoreError(f"pack {place.pack} is {error}") from None
         except FormatError as error:
             raise StoreError(f"pack {place.pack} is damaged: {error}") from None
         except OSError as error:
@@ -2216,6 +2247,29 @@ def list_entries(
             on_damage(error)
             continue
         yield from entries
+
+
+def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bool]]:
+    """Yield entries, and whether the store has all chunks that each one names.
+
+    Lists are looked into; what a patch draws from is not.
+    """
+    while True:
+        group = list(itertools.islice(entries, 256))
+        if not group:
+            return
+        names = [[bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)] for entry in group]
+        for entry, digests in zip(group, names):
+            if b'"lists"' in entry.read:
+                with contextlib.suppress(StoreError, FormatError):
+                    chunks = list_chunks(reader, entry.content)
+                    digests += [chunk for chunk in chunks if isinstance(chunk, bytes)]
+        found = reader.index.find([digest for digests in names for digest in digests])
+        for entry, digests in zip(group, names):
+            yield entry, all(digest in found for digest in digests)
+
+
+HEX_DIGEST = re.compile(rb'(?<=")[0-9a-f]{64}(?=")')
 
 
 class ListWriter:
@@ -2362,10 +2416,10 @@ def decode_progress(data: bytes) -> Progress:
     fields = Fields(data, "progress.json")
     if fields.integer("format") != FORMAT:
         fields.wrong("format")
-    current = fields.text("current", "", CHUNK).encode("ascii", "replace")
+    current = fields.text("current", "", ENTRY_LIMIT).encode("ascii", "replace")
     return Progress(
         blocks=tuple(decode_digest(text) for text in fields.texts("blocks", 1 << 30)),
-        tail=tuple(line.encode("ascii", "replace") for line in fields.texts("tail", 1 << 20, CHUNK)),
+        tail=tuple(line.encode("ascii", "replace") for line in fields.texts("tail", 1 << 20, ENTRY_LIMIT)),
         current=Entry.decode(current) if current else None,
     )
 
@@ -2406,6 +2460,20 @@ class NodeFolder:
         """Keep what is known of the node."""
         with writing(self.path):
             write_durably(os.path.join(self.path, "node.json"), encode_known(known))
+
+    def newest(self) -> Iterator[Snapshot]:
+        """Yield the snapshots from the newest on; only those asked for are decoded."""
+        found = []
+        for entry in os.scandir(self.snapshots):
+            if entry.name.endswith(".json") and not entry.name.startswith("."):
+                with open(entry.path, "rb") as file:
+                    sequence = re.search(rb'"sequence": (\d+)', file.read(200))
+                found.append((int(sequence[1]) if sequence else 0, entry.name[:-5]))
+        for _, name in sorted(found, reverse=True):
+            try:
+                yield self.load_snapshot(name)
+            except (FormatError, OSError) as error:
+                note_once(self.problems, f"snapshot {self.name}/{name} cannot be read: {error}")
 
     def list_snapshots(self) -> list[Snapshot]:
         """Return all snapshots in the order they were made; a damaged one is noted as a problem."""
@@ -2477,7 +2545,10 @@ class Store:
         """Make the index say what the packs say (I4)."""
         known = self.index.list_packs()  # first: other processes add packs meanwhile
         packs = list_packs(self.packs)
-        if known - packs.keys():
+        self.problems += [
+            f"pack {name} is lost, and with it parts of snapshots" for name in sorted(known - packs.keys())
+        ]
+        if self.problems:
             self.index.clear()
             known = set()
         for name in sorted(packs.keys() - known):
@@ -2499,7 +2570,10 @@ class Store:
         return [self._load_known(name) for name in sorted(os.listdir(self.path)) if self._is_node(name)]
 
     def _is_node(self, name: str) -> bool:
-        return os.path.isdir(os.path.join(self.path, name, "snapshots"))
+        if os.path.exists(os.path.join(self.path, name, "node.json")):
+            return True
+        snapshots = os.path.join(self.path, name, "snapshots")  # empty while another run makes the folder
+        return os.path.isdir(snapshots) and any(entry.endswith(".json") for entry in os.listdir(snapshots))
 
     def _load_known(self, name: str) -> Known:
         """Return what is known of a node: its snapshots tell too, should its node.json be lost."""
@@ -2674,6 +2748,10 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
     for root in ordered:
         if not kept or not is_at_or_below(root.stored, kept[-1].stored):
             kept.append(root)
+        elif not is_at_or_below(root.real, kept[-1].real.rstrip(b"/")):
+            raise UsageError(
+                f"--file {show(root.real)}: its name {show(root.stored)} lies in that of {show(kept[-1].real)}"
+            )
     return kept, missing
 
 
@@ -2911,7 +2989,7 @@ class Source:
             device=found.st_dev if found.st_nlink > 1 else 0,
             sparse=found.st_size > PAGE and found.st_blocks * 512 < found.st_size,
             fresh=max(found.st_mtime_ns, found.st_ctime_ns) > young,
-            error="is larger than 1 PiB, which no snapshot can hold" if found.st_size > FILE_LIMIT else "",
+            error="is larger than 64 TiB, which no snapshot can hold" if found.st_size > FILE_LIMIT else "",
         )
 
     @staticmethod
@@ -3226,7 +3304,7 @@ def decode_asks(message: Message) -> list[Ask]:
         fields = Fields.inside(value, "a file of READ")
         size = fields.integer("pages", 0, high=CHUNK // PAGE) * PAGE_HASH
         chunk = fields.integer("chunk", 0, high=FILE_LIMIT // CHUNK)
-        asks.append(Ask(fields.path("path"), chunk, fields.integers("state", 6), body[at : at + size]))
+        asks.append(Ask(fields.path("path"), chunk, fields.integers("state", 6, 1 << 64), body[at : at + size]))
         at += size
     if at != len(body):
         raise FormatError("READ with hashes that do not add up")
@@ -3679,9 +3757,8 @@ class Node:
             return ""
         if request.address not in self._refused and len(self._refused) < COMPLAINTS:
             self._refused.add(request.address)
-            self.say(
-                f"refused {show(request.address.replace('::ffff:', ''))}: without --insecure this node answers only its own machine"
-            )
+            address = show(request.address.replace("::ffff:", ""))
+            self.say(f"refused {address}: without --insecure this node answers only its own machine")
         return (
             "the node answers only its own machine; start it with --insecure if all on this network may read its files"
         )
@@ -3705,6 +3782,9 @@ class Node:
                 return
             server = request.message.fields.text("server", "", 100)
             last = next((s for s in self._sessions.values() if server and s.server == server and not s.ended), None)
+            if last is None and len(self._sessions) >= self.settings.sessions:
+                idle = [s for s in self._sessions.values() if not s.number and s.questions.empty()]
+                last = min(idle, key=lambda session: session.sign, default=None)  # most likely its server died
             if len(self._sessions) - bool(last) >= self.settings.sessions:
                 sentence = f"the node serves {len(self._sessions)} servers already, see its --sessions"
                 self.listener.answer(request, ERROR, {"code": "busy", "message": sentence})
@@ -3769,8 +3849,9 @@ class Probe:
 def probe(wire: Wire, addresses: Sequence[Address], settings: ServerSettings) -> list[Probe]:
     """Ask all addresses at once, within the limit of hellos in flight; in the order given."""
     found: list[Probe] = []
-    for start in range(0, len(addresses), settings.hellos_at_once):
-        found += _probe_group(wire, addresses[start : start + settings.hellos_at_once], settings.timeout)
+    most = min(settings.hellos_at_once, wire.peers_at_once())
+    for start in range(0, len(addresses), most):
+        found += _probe_group(wire, addresses[start : start + most], settings.timeout)
     return found
 
 
@@ -3875,15 +3956,19 @@ def _plan_target(hello: Hello, addresses: tuple[Address, ...], folder: str, take
 class Base:
     """The last snapshot beside the new listing: two sorted streams, merged."""
 
-    def __init__(self, entries: Iterator[Entry]) -> None:
+    def __init__(self, entries: Iterator[tuple[Entry, bool]]) -> None:
         self.deleted = 0  # entries that the listing no longer has
+        self.present = True  # whether the store has all of the entry that was matched last
         self._entries = entries
-        self._next = next(entries, None)
+        self._next: Entry | None = None
+        self._next_present = True
+        self._advance()
         self._last = b""  # the last line of the listing
         self._last_key = b""  # its sort key, where it has been looked at
 
     def _advance(self) -> None:
-        self._next = next(self._entries, None)
+        self.present = self._next_present
+        self._next, self._next_present = next(self._entries, (None, True))
 
     def match(self, line: bytes) -> tuple[Entry | None, Stat | None]:
         """Return the last snapshot's entry for the path of the listing's next line.
@@ -3986,10 +4071,13 @@ class Receiver:
 
     def pages(self, digest: bytes | None) -> bytes:
         """Return the page hashes of a chunk to compare with; b"" where the store cannot tell."""
-        try:
-            return self.reader.pages(digest) if digest else b""
-        except (StoreError, FormatError):
+        if digest is None or digest in self.reader.distrusted:
             return b""  # then it is sent whole, which mends the damage
+        try:
+            return self.reader.pages(digest)
+        except (StoreError, FormatError):
+            self.reader.distrusted.add(digest)
+            return b""
 
     def take(self, message: Message, wants: Sequence[Want]) -> list[Got]:
         """Return what each item of an answer says; all of its bytes are in the pack then."""
@@ -4031,10 +4119,15 @@ class Receiver:
             ):
                 raise ProtocolError("called a chunk the same that is another")
         elif status == "whole":
+            if len(raw) < length:
+                raise ProtocolError("sent fewer bytes than its answer names")
             self._pieces.append(self._piece(raw[:length], digest))
             raw = raw[length:]
         else:
-            raw = self._take_patch(item, want, raw)
+            size = self._take_patch(item, want, raw)
+            raw = raw[size:]
+            if digest in self.reader.distrusted:
+                return Got("later", item), raw  # what it patches is damaged: ask for the whole chunk
         return Got(status, item, digest, length), raw
 
     @staticmethod
@@ -4045,7 +4138,8 @@ class Receiver:
             raise ProtocolError("sent bytes that do not have the digest it names")
         return Piece(found, pages, data)
 
-    def _take_patch(self, item: Fields, want: Want, raw: memoryview) -> memoryview:
+    def _take_patch(self, item: Fields, want: Want, raw: memoryview) -> int:
+        """Take a patch of a chunk that the store has; returns how many of the bytes were its."""
         length, digest = item.integer("length", low=1, high=CHUNK), item.digest("digest")
         if want.base is None:
             raise ProtocolError("sent a patch for a chunk that we did not have")
@@ -4055,15 +4149,20 @@ class Receiver:
         pages = self._patch_pages(want.pages, changed, piece.pages, length)
         if len(piece.data) != size or digest_pages(pages) != digest:
             raise ProtocolError("sent a patch that does not give the digest it names")
-        runs = patch_runs(self.reader.runs(want.base), changed, piece.digest, length)
-        if sum(run.length for run in runs) != length:
+        base = self.reader.runs(want.base)
+        if not covers(changed, length, sum(run.length for run in base)):
             raise ProtocolError("sent a patch that leaves a part of the chunk open")
+        runs = patch_runs(base, changed, piece.digest, length)
         self._pieces.append(piece)
         whole = None
         if needs_whole(runs, length):
-            whole = patch_data(self.reader.get(want.base), changed, piece.data, length)
+            try:
+                whole = patch_data(self.reader.get(want.base), changed, piece.data, length)
+            except StoreError:
+                self.reader.distrusted.add(digest)
+                return size
         self._patches.append((digest, runs, whole))
-        return raw[size:]
+        return size
 
     @staticmethod
     def _decode_runs(item: Fields, length: int) -> list[tuple[int, int]]:
@@ -4089,6 +4188,18 @@ class Receiver:
             pages[first:last] = new[at : at + last - first]
             at += last - first
         return bytes(pages)
+
+
+def covers(changed: Sequence[tuple[int, int]], length: int, base: int) -> bool:
+    """Tell whether changed stretches and a base of `base` bytes give a chunk of `length` bytes.
+
+    Page hashes alone do not tell: a short last page must not stand for a whole one.
+    """
+    edges = [0, *itertools.chain.from_iterable(changed), length]
+    kept = [(start, end) for start, end in zip(edges[::2], edges[1::2]) if start < end]
+    if any(end > base for _, end in kept):
+        return False
+    return not kept or kept[-1][1] < length or length == base or length % PAGE == 0
 
 
 def patch_runs(base: Sequence[Run], changed: Sequence[tuple[int, int]], piece: bytes, length: int) -> list[Run]:
@@ -4186,6 +4297,7 @@ class Intake:
         self.on_seal: Callable[[Progress], None] = lambda progress: None
         self.current: Callable[[], Entry | None] = lambda: None  # the file being read, as far as it is
         reader.open_pack = writer
+        writer.distrusted = reader.distrusted
 
     def step(self) -> None:
         """Wait for the next answer."""
@@ -4324,7 +4436,7 @@ class Reading:
         if number == 0:
             self._content = self.intake.describe(self.slot, got)
             self.note = got.fields.text("note", "")
-        if got.fields.integers("state", 6) != self.slot.stat.state:
+        if got.fields.integers("state", 6, 1 << 64) != self.slot.stat.state:
             self.steady = False
             self._over = not self.last
         if got.status == "end":
@@ -4360,13 +4472,14 @@ class Pull:
         self._batch_size = self._batch_head = 0
         self._linked: set[tuple[int, int]] = set()  # files with several names that are on their way
 
-    def open(self, store: str) -> tuple[str, ...]:
-        """Make the node open a copy for a store; returns its roots."""
+    def open(self, store: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Make the node open a copy for a store; returns its roots, and those that are missing."""
         self.opened = True
         answer = self.intake.call(OPEN, {"codecs": list_codecs(), "server": store}).fields
-        for path in answer.texts("missing"):
+        missing = tuple(show(path) for path in answer.texts("missing", ROOTS_KEPT))
+        for path in missing:
             self.intake.tally.fail(path, "does not exist on the node")
-        return tuple(show(root) for root in answer.texts("roots", ROOTS_KEPT))
+        return tuple(show(root) for root in answer.texts("roots", ROOTS_KEPT)), missing
 
     def close(self) -> None:
         """Let the node end the copy; what --after says is noted."""
@@ -4418,7 +4531,7 @@ class Pull:
         """Return the slot of a line: done where nothing is to be read."""
         old, stat = self._base.match(line)
         slot = Slot(line, old, stat)
-        if old and old.line == line and self._is_unchanged(old):
+        if old and old.line == line and self._base.present and self._is_unchanged(old):
             slot.entry = old
         elif slot.stat.error:
             self.intake.tally.fail(slot.stat.path, slot.stat.error)
@@ -4476,11 +4589,9 @@ class Pull:
                 slot.again = True
             else:
                 content = self.intake.describe(slot, got)
-                whole = content.size in (
-                    got.length,
-                    0 if got.status == "end" else content.size if got.chunk == 1 else -1,
-                )
-                slot.again = not whole or got.fields.integers("state", 6) != slot.stat.state
+                zeros = got.chunk == 1 and content.size <= CHUNK
+                whole = content.size == (0 if got.status == "end" else content.size if zeros else got.length)
+                slot.again = not whole or got.fields.integers("state", 6, 1 << 64) != slot.stat.state
                 if not slot.again:
                     chunks = (got.chunk,) if content.size else ()
                     self._finish(slot, replace(content, chunks=chunks), got.fields.text("note", ""))
@@ -4565,6 +4676,7 @@ class NodeReport:
     snapshot: Snapshot | None = None
     problems: tuple[Problem, ...] = ()  # beyond those of the snapshot
     error: str = ""  # why there is no snapshot, or only a part of one
+    note: str = ""  # what is new about it
     exit_code: int = 0
     missing: int = 0  # ns since it was seen last, for a known node that is silent
 
@@ -4614,7 +4726,8 @@ class Copier:
 
     def run(self, target: Target) -> NodeReport:
         """Copy a node; whatever goes wrong with it ends here."""
-        report = NodeReport(str(target.addresses[0]), NODE, tuple(map(str, target.addresses)), target.folder)
+        addresses = tuple(map(str, target.addresses))
+        report = NodeReport(addresses[0], NODE, addresses, target.folder, note=target.note)
         try:
             folder = self.store.node(target.folder)
             folder.make()
@@ -4633,18 +4746,16 @@ class Copier:
 
     def _copy(self, target: Target, folder: NodeFolder, report: NodeReport) -> NodeReport:
         self._save_known(target, folder)
-        snapshots = folder.list_snapshots()
+        newest = next(folder.newest(), None)
         reader = self.store.reader()
         writer = PackWriter(self.store.packs, self.store.index, ZSTD if load_zstd() else ZLIB, self.settings.level)
         peer = Peer(self.wire, target.addresses[0], self.settings.answer_timeout)
         try:
             intake = self.intakes[target.folder] = Intake(peer, reader, writer, self.settings)
-            if target.note:
-                intake.tally.note("", target.note)
             start = Snapshot(
                 name=name_time(self.wire.clock.now()),
                 folder=folder.name,
-                sequence=1 + max((snapshot.sequence for snapshot in snapshots), default=0),
+                sequence=1 + (newest.sequence if newest else 0),
                 started=self.wire.clock.now(),
                 finished=0,
                 grade="partial",
@@ -4652,24 +4763,22 @@ class Copier:
                 identity=target.hello.identity,
                 host=show(target.hello.name),
             )
-            return self._pull(intake, folder, (start, snapshots), report)
+            return self._pull(intake, folder, start, report)
         finally:
             self.intakes.pop(target.folder, None)
             writer.abandon()
             peer.close()
             reader.close()
 
-    def _pull(
-        self, intake: Intake, folder: NodeFolder, history: tuple[Snapshot, list[Snapshot]], report: NodeReport
-    ) -> NodeReport:
-        start, snapshots = history
+    def _pull(self, intake: Intake, folder: NodeFolder, start: Snapshot, report: NodeReport) -> NodeReport:
         progress = folder.load_progress()
         intake.on_seal = folder.save_progress
-        last = next((snapshot for snapshot in reversed(snapshots) if not snapshot.cut_off), None)
-        base = Base(list_base(intake, progress, last))
+        last = next((snapshot for snapshot in folder.newest() if not snapshot.cut_off), None)
+        base = Base(list_present(intake.reader, list_base(intake, progress, last)))
         pull = Pull(intake, progress.current)
         try:
-            start = replace(start, roots=pull.open(self.store.identity))
+            roots, missing = pull.open(self.store.identity)
+            start = replace(start, roots=roots, missing=missing)
             blocks = pull.run(base)
         except (NodeError, Interrupted) as error:
             pull.leave()
@@ -4751,8 +4860,10 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
         second = {found.address: found for found in probe(wire, again, settings)}
         probes = [second.get(found.address, found) for found in probes]
     targets, clones = plan_targets(probes, known)
-    nodes = [report_probe(found) for found in [*(p for p in probes if not p.hello), *clones]]
-    nodes += report_missing(probes, targets, known, (wire.clock.now(), settings.stale))
+    missing = report_missing(probes, targets, known, (wire.clock.now(), settings.stale))
+    told = {address for node in missing for address in node.addresses}
+    others = [p for p in probes if not p.hello and (p.state != SILENT or str(p.address) not in told)]
+    nodes = [*missing, *map(report_probe, [*others, *clones])]
     for report in nodes:
         events.report(report)
     nodes += copy_all(copier, targets, events)
@@ -4902,8 +5013,8 @@ def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, 
     for number, chunk in enumerate(chunks):
         at = number * CHUNK
         length = min(CHUNK, new.size - at)
-        if table.get(number) == chunk and min(CHUNK, old.size - at) == length:
-            continue
+        if table.get(number) == chunk and (min(CHUNK, old.size - at) == length or (chunk is None and at >= old.size)):
+            continue  # as it was, or in the hole that ftruncate has made
         data = reader.get(chunk) if chunk else bytes(length)
         if len(data) != length:
             raise StoreError(f"a chunk of {len(data)} bytes does not have the length that its file needs")
@@ -4922,7 +5033,7 @@ class FileWriter:
         self.files = 0  # put
         self.bytes = 0
         self._token = options.token or os.urandom(16).hex()
-        self._due: list[tuple[bytes, bytes]] = []  # path and temporary name of files not published
+        self._due: list[tuple[bytes, bytes, Stat | None]] = []  # path and temporary name of a file, or a folder's Stat
         self._due_bytes = 0
         self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
         self._links = LinkTable()
@@ -4979,8 +5090,10 @@ class FileWriter:
     def _make(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
         stat = entry.stat
         if stat.kind == "file":
-            if not self._link(stat, temporary):
+            if not self._link(stat, entry.read, temporary):
                 self._make_file(entry, old, temporary)
+                if stat.link_key:
+                    self._links.put(stat.link_key, stat.path + b"\0" + entry.read)
             return
         folder, _ = self.folders.parent(stat.path)
         if stat.kind == "symlink":
@@ -4997,14 +5110,14 @@ class FileWriter:
             self._set_xattrs(name_in(folder, temporary), stat.xattrs, stat.kind != "symlink")
         os.utime(temporary, ns=(stat.mtime, stat.mtime), dir_fd=folder, follow_symlinks=False)
 
-    def _link(self, stat: Stat, temporary: bytes) -> bool:
-        """Make another name of a file put before; False where there is none."""
-        first = self._links.get(stat.link_key) if stat.link_key else None
-        if stat.link_key and first is None:
-            self._links.put(stat.link_key, stat.path)
-        if first is None or self.options.private:
+    def _link(self, stat: Stat, read: bytes, temporary: bytes) -> bool:
+        """Make another name of a file put before; False where there is none, or of another content."""
+        known = self._links.get(stat.link_key) if stat.link_key and not self.options.private else None
+        first, _, content = (known or b"").partition(b"\0")
+        if known is None or content != read:
             return False
-        self.publish()
+        if any(path == first for path, _, _ in self._due):
+            self.sync()
         first_folder, first_name = self.folders.parent(first)
         source = os.dup(first_folder)
         try:
@@ -5078,7 +5191,7 @@ class FileWriter:
         for name, value in xattrs.items():
             try:
                 os.setxattr(target, name, base64.b64decode(value), follow_symlinks=follow)
-            except (OSError, AttributeError, binascii.Error):
+            except (OSError, AttributeError, ValueError):  # also of base64 and of characters
                 self._count_unset(f"extended attribute {show(name)}")
 
     def _count_unset(self, what: str) -> None:
@@ -5093,60 +5206,66 @@ class FileWriter:
 
     def _leave_folder(self) -> None:
         stat = self._inside.pop()
-        self.publish()
-        try:
-            fd = self.folders.open(stat.path)
-            owned = self._set_owner(stat, lambda u, g: os.fchown(fd, u, g))
-            self._set_xattrs(fd, stat.xattrs)
-            os.fchmod(fd, _safe_mode(stat.mode, owned))
-            os.utime(fd, ns=(stat.mtime, stat.mtime))
-        except OSError as error:
-            self.fail(stat.path, f"its owner, mode or time cannot be set: {explain(error)}")
+        self._publish_later(stat.path, b"", 0, stat)
+
+    def _set_folder(self, stat: Stat) -> None:
+        fd = self.folders.open(stat.path)
+        owned = self._set_owner(stat, lambda u, g: os.fchown(fd, u, g))
+        self._set_xattrs(fd, stat.xattrs)
+        os.fchmod(fd, _safe_mode(stat.mode, owned))
+        os.utime(fd, ns=(stat.mtime, stat.mtime))
 
     # -- names --
 
-    def _publish_later(self, path: bytes, temporary: bytes, size: int) -> None:
-        self._due.append((path, temporary))
+    def _publish_later(self, path: bytes, temporary: bytes, size: int, folder: Stat | None = None) -> None:
+        self._due.append((path, temporary, folder))
         self._due_bytes += size
-        self.files += 1
+        self.files += folder is None
         self.bytes += size
         if len(self._due) >= PUBLISH_FILES or self._due_bytes >= PUBLISH_BYTES:
             self.sync()
 
     def sync(self) -> None:
-        """Make what is written durable, then give it its names."""
+        """Make what is written durable, then give it its names; a folder's time comes after all in it."""
         sync_filesystem(self.folders.root)
-        self.publish()
-
-    def publish(self) -> None:
-        """Give the files that are complete their names."""
         due, self._due, self._due_bytes = self._due, [], 0
-        for path, temporary in due:
-            folder, name = self.folders.parent(path)
+        for path, temporary, stat in due:
             try:
-                publish(temporary, name, self.options.overwrite, folder)
+                if stat:
+                    self._set_folder(stat)
+                else:
+                    self._publish(path, temporary)
             except OSError as error:
-                self.fail(path, f"cannot be put at its place: {explain(error)}")
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=folder)
+                what = "its owner, mode or time cannot be set" if stat else "cannot be put at its place"
+                self.fail(path, f"{what}: {explain(error)}")
+
+    def _publish(self, path: bytes, temporary: bytes) -> None:
+        folder, name = self.folders.parent(path)
+        try:
+            publish(temporary, name, self.options.overwrite, folder)
+        except BaseException:
+            self.files -= 1
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
 
     def finish(self) -> None:
         """Publish all and make it durable."""
-        self.sync()
         while self._inside:
             self._leave_folder()
+        self.sync()
         sync_filesystem(self.folders.root)
         for what, count in self._unset.items():
-            self.problems.append(
-                Problem("", f"{what} of {count} paths could not be set, for want of rights or of support")
-            )
+            sentence = f"{what} of {count} paths could not be set, for want of rights or of support"
+            self.problems.append(Problem("", sentence))
 
     def close(self) -> None:
         """Close all; what is not published is removed."""
-        for path, temporary in self._due:
-            with contextlib.suppress(OSError):
-                folder, _ = self.folders.parent(path)
-                os.unlink(temporary, dir_fd=folder)
+        for path, temporary, stat in self._due:
+            if stat is None:
+                with contextlib.suppress(OSError):
+                    folder, _ = self.folders.parent(path)
+                    os.unlink(temporary, dir_fd=folder)
         self._links.close()
         self.folders.close()
 
@@ -5281,7 +5400,8 @@ class Latest:
         problems, unread = [], False
         try:
             for name in (*state.older, state.snapshot):
-                found, unread = self._remove(writer, self._compare(self._blocks(name), snapshot))
+                pairs = self._compare(self._blocks(name), snapshot)
+                found, unread = self._remove(writer, pairs, bool(snapshot.missing))
                 problems += found
             for left, right in self._compare(self._blocks(state.snapshot), snapshot):
                 if right and (left is None or not _looks_equal(left, right)) and not right.content.error:
@@ -5301,18 +5421,24 @@ class Latest:
         return compare_entries(before, list_entries(self.reader, snapshot.blocks))
 
     def _remove(
-        self, writer: FileWriter, pairs: Iterator[tuple[Entry | None, Entry | None]]
+        self, writer: FileWriter, pairs: Iterator[tuple[Entry | None, Entry | None]], everything_stays: bool
     ) -> tuple[list[Problem], bool]:
         """Remove what the old snapshot had and the new one has not, or has as something else.
 
         Returns the problems, and whether there are folders that could not be listed: what they
-        held is left.
+        held is left, as is all where a root is missing, perhaps a disk that is not mounted.
         """
         problems: list[Problem] = []
         folders: list[bytes] = []  # emptied, innermost last
-        unread = None
+        unread = b"" if everything_stays else None
         for left, right in pairs:
-            if right and right.line.find(b'"error"') >= 0 and right.stat.error and right.stat.kind == "directory":
+            if (
+                unread != b""
+                and right
+                and b'"error"' in right.line
+                and right.stat.error
+                and right.stat.kind == "directory"
+            ):
                 unread = right.stat.path
             if left is None or (right and (right.line == left.line or right.stat.kind == left.stat.kind)):
                 continue
@@ -5424,6 +5550,8 @@ def format_node(report: NodeReport) -> list[str]:
     head += f"{snapshot.grade}, {format_totals(snapshot.totals)} in {span}"
     if report.error:
         head += f"; cut off: {show(report.error)}"
+    if report.note:
+        head += f"; {report.note}"
     shown = [*snapshot.problems, *report.problems]
     lines = [f"  {p.path}: {p.message}" if p.path else f"  {p.message}" for p in shown[:20]]
     if len(shown) > 20:
@@ -5471,6 +5599,7 @@ def describe_node(report: NodeReport) -> dict[str, Any]:
         "state": report.state,
         "folder": report.folder,
         "error": report.error,
+        "note": report.note,
         "exit_code": report.exit_code,
         "missing_seconds": report.missing // 10**9,
         "snapshot": describe_snapshot(report.snapshot) if report.snapshot else None,
@@ -5784,9 +5913,14 @@ class Output:
         print(line, file=sys.stderr, flush=True)
 
     def _write(self, line: str) -> None:
-        if self.log:
+        if self.log is None:
+            return
+        try:
             self.log.write(f"{format_time(self.clock.now())} {line}\n")
             self.log.flush()
+        except OSError as error:  # no reason to end backups
+            print(f"zbackup: --log-file cannot be written, and is left alone: {explain(error)}", file=sys.stderr)
+            self.log = None
 
     def draw(self, intakes: Mapping[str, Intake]) -> None:
         """Show on a terminal how far the copies are."""
@@ -5906,7 +6040,9 @@ def run_server(args: argparse.Namespace) -> int:
             code = sweep_once(addresses, settings, (clock, stop), output)
             if args.once:
                 break
-            stop.wait(max(0.0, args.every - (clock.monotonic() - started)))
+            # Not stop.wait: a signal's handler that sets it could find it locked by this very thread.
+            while not stop.is_set() and clock.monotonic() < started + args.every:
+                clock.sleep(min(0.2, max(0.0, started + args.every - clock.monotonic())))
     if not caught:
         return code
     return 0 if signal.SIGTERM in caught and not args.once else Interrupted.exit_code
