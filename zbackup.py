@@ -2674,8 +2674,10 @@ class Leftovers:
 def plan_leftovers(store: Store) -> Leftovers:
     """Return the unfinished packs and other files whose writers are gone."""
     folders = [store.path, store.packs]
-    for node in store.list_nodes():
-        folders += [store.node(node.folder).path, store.node(node.folder).snapshots]
+    for name in os.listdir(store.path):
+        node = store.node(name)
+        if os.path.isdir(node.snapshots):
+            folders += [node.path, node.snapshots]
     found = []
     for folder in folders:
         for entry in os.scandir(folder):
@@ -3689,6 +3691,7 @@ class Session:
         return {"problem": f"--after {failure}" if failure else ""}
 
 
+IDLE = 15.0  # s without a question after which a server is taken for dead where another one waits
 COMPLAINTS = 100  # told in one node's life: a hostile peer must not fill the log
 
 
@@ -3783,8 +3786,11 @@ class Node:
             server = request.message.fields.text("server", "", 100)
             last = next((s for s in self._sessions.values() if server and s.server == server and not s.ended), None)
             if last is None and len(self._sessions) >= self.settings.sessions:
-                idle = [s for s in self._sessions.values() if not s.number and s.questions.empty()]
-                last = min(idle, key=lambda session: session.sign, default=None)  # most likely its server died
+                long_ago = self.wire.clock.monotonic() - IDLE
+                idle = [
+                    s for s in self._sessions.values() if not s.number and s.questions.empty() and s.sign < long_ago
+                ]
+                last = min(idle, key=lambda session: session.sign, default=None)
             if len(self._sessions) - bool(last) >= self.settings.sessions:
                 sentence = f"the node serves {len(self._sessions)} servers already, see its --sessions"
                 self.listener.answer(request, ERROR, {"code": "busy", "message": sentence})
@@ -5309,6 +5315,8 @@ def restore_snapshot(
     Raises RestoreError when nothing stands at one of the paths.
     """
     os.makedirs(to, exist_ok=True)
+    if not options.token:  # the same for the same restore: it finds what a killed one left
+        options = replace(options, token=f"{snapshot.identity}/{snapshot.folder}/{snapshot.name}")
     writer = FileWriter(reader, os.open(to, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), options)
     missing = set(paths)
     try:
@@ -5514,7 +5522,7 @@ def format_time(moment: int) -> str:
     """Return a moment (ns) in local time."""
     import datetime
 
-    return datetime.datetime.fromtimestamp(moment / 1e9).strftime("%Y-%m-%d %H:%M:%S")
+    return datetime.datetime.fromtimestamp(moment // 10**9).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -5702,7 +5710,7 @@ def parse_span(text: str) -> float:
 def write_span(seconds: float) -> str:
     """Return a span of time as parse_span reads it."""
     units = [(unit, SPANS[unit]) for unit in ("d", "h", "m", "s") if seconds % SPANS[unit] == 0]
-    return f"{seconds / units[0][1]:g}{units[0][0]}" if units and seconds else f"{round(seconds * 1000)}ms"
+    return f"{round(seconds / units[0][1])}{units[0][0]}" if units and seconds else f"{round(seconds * 1000)}ms"
 
 
 def parse_size(text: str) -> int:

@@ -775,7 +775,9 @@ def test_chunk_of_two_packs_survives_the_loss_of_one(path: str) -> None:
         place = store.index.find([digest_of(b"text")])[digest_of(b"text")]
     (lost,) = [pack for pack in packs_of(path) if pack.stem == place.pack]
     lost.unlink()
-    assert read_all(path, [digest_of(b"text")]) == [b"text"]
+    with contextlib.closing(z.open_store(path)) as store, contextlib.closing(store.reader()) as reader:
+        assert len(store.problems) == 1 and f"pack {lost.stem} is lost" in store.problems[0]
+        assert reader.get(digest_of(b"text")) == b"text"
 
 
 def test_index_names_the_right_pack_after_another_process_made_it_again(store: z.Store) -> None:
@@ -1154,7 +1156,8 @@ def test_node_whose_description_is_gone_is_listed_by_its_snapshots(
 ) -> None:
     if damage == "damaged":
         Path(folder.path, "node.json").write_bytes(b"{")
-    assert store.list_nodes() == [z.Known("here", "")]
+    # Without either, it is a folder that another run makes at this moment.
+    assert store.list_nodes() == ([z.Known("here", "")] if damage == "damaged" else [])
     for sequence, started in ((1, 10), (2, 20)):
         folder.save_snapshot(
             replace(SNAPSHOT, sequence=sequence, started=started, identity="0" * 32, host="box", address="127.0.0.9")

@@ -1,0 +1,737 @@
+"""The command line: flags, words, exit codes, signals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+from conftest import FOLDER, PROGRAM, World, wait_until
+from hypothesis import given
+from hypothesis import strategies as st
+from test_restore import NOON, describe, make_snapshot
+
+import zbackup
+
+COMMANDS = ["server", "node", "list", "restore", "cat"]
+
+
+# ---- how flags are read ----
+
+
+def refuses(parse: Callable[[str], object], text: str) -> bool:
+    """Tell whether a parser refuses a text with a sentence that names it."""
+    try:
+        parse(text)
+    except argparse.ArgumentTypeError as error:
+        return repr(text) in str(error)
+    return False
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("0", 0),
+        ("90", 90),
+        ("1.5", 1.5),
+        ("90s", 90),
+        ("200ms", 0.2),
+        ("2m", 120),
+        ("2min", 120),
+        ("1h30m", 5400),
+        ("1 h 30 m", 5400),
+        ("1.5h", 5400),
+        ("2d", 172800),
+        ("1w", 604800),
+        ("1d1s", 86401),
+    ],
+)
+def test_span_read(text: str, seconds: float) -> None:
+    assert zbackup.parse_span(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", " ", "s", "-1s", "1y", "1h30", "h1", "1,5s", "1.s", "one", "1e3", "nan", "inf"])
+def test_span_refused(text: str) -> None:
+    assert refuses(zbackup.parse_span, text)
+
+
+@given(st.integers(0, 10**6) | st.integers(0, 999_999).map(lambda seconds: 1000 * seconds))
+def test_span_written_is_read_again(milliseconds: int) -> None:
+    seconds = milliseconds / 1000
+    assert zbackup.parse_span(zbackup.write_span(seconds)) == pytest.approx(seconds, rel=1e-4)
+
+
+def test_span_written_beyond_a_million_seconds() -> None:
+    assert zbackup.parse_span(zbackup.write_span(1_000_001)) == 1_000_001
+
+
+@pytest.mark.parametrize("text", ["9999999w", "9" * 400, "9" * 400 + "d"])
+def test_span_of_ages_is_cut(text: str) -> None:
+    """What no timer and no clock could take."""
+    assert zbackup.parse_span(text) == 1e9
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("17", 17), ("1k", 1024), ("1K", 1024), ("2KiB", 2048), ("64MiB", 64 << 20), ("64M", 64 << 20)]
+    + [("1 GB", 1 << 30), ("1t", 1 << 40), ("5b", 5)],
+)
+def test_size_read(text: str, size: int) -> None:
+    assert zbackup.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5M", "M", "1X", "1MM", "1 M iB x", "0x10"])
+def test_size_refused(text: str) -> None:
+    assert refuses(zbackup.parse_size, text)
+
+
+@given(st.integers(0, 1 << 40))
+def test_size_written_is_read_again(size: int) -> None:
+    assert zbackup.parse_size(zbackup.write_size(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("9", [9]),
+        ("9-12", [9, 10, 11, 12]),
+        ("9,12,20-22", [9, 12, 20, 21, 22]),
+        (" 9 - 10 , 10 ", [9, 10]),
+        ("255", [255]),
+        ("0-1", [0, 1]),
+        ("12,9,9-10", [12, 9, 10]),
+    ],
+)
+def test_range_read(text: str, numbers: list[int]) -> None:
+    assert zbackup.parse_range(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", ",", "9,", "12-9", "256", "0-256", "9-", "-9", "a", "9-10-11", "1000", "9;10"])
+def test_range_refused(text: str) -> None:
+    assert refuses(zbackup.parse_range, text)
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255)).map(sorted), min_size=1, max_size=5))
+def test_range_is_the_union_of_its_parts(parts: list[list[int]]) -> None:
+    numbers = zbackup.parse_range(",".join(f"{low}-{high}" for low, high in parts))
+    assert sorted(numbers) == sorted({n for low, high in parts for n in range(low, high + 1)})
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("nas", "nas", None),
+        ("nas:4546", "nas", 4546),
+        ("10.0.0.9:1", "10.0.0.9", 1),
+        ("::1", "::1", None),
+        ("[::1]", "::1", None),
+        ("[::1]:4546", "::1", 4546),
+        ("fe80::1%eth0", "fe80::1%eth0", None),
+        ("[fe80::1%eth0]:5", "fe80::1%eth0", 5),
+    ],
+)
+def test_host_read(text: str, host: str, port: int | None) -> None:
+    assert zbackup.parse_host(text) == (host, port)
+
+
+@pytest.mark.parametrize("text", ["", "a b", "[::1", "[nas]:5:6", "nas:port", "a:b:c:z", "[]:5"])
+def test_host_refused(text: str) -> None:
+    assert refuses(zbackup.parse_host, text)
+
+
+@pytest.mark.parametrize("text", ["nas:0", "nas:65536", "nas:999999"])
+def test_host_with_wrong_port_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a port from 1 to 65535"):
+        zbackup.parse_host(text)
+
+
+def test_port_count_and_level_read() -> None:
+    assert (zbackup.parse_port("1"), zbackup.parse_port("65535")) == (1, 65535)
+    assert (zbackup.parse_count("1"), zbackup.parse_count("999999999")) == (1, 999999999)
+    assert (zbackup.parse_level("1"), zbackup.parse_level("19")) == (1, 19)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "", "a", "1.5", "²", "10000000000"])
+def test_port_count_and_level_refused(text: str) -> None:
+    assert refuses(zbackup.parse_port, text)
+    assert refuses(zbackup.parse_count, text)
+    assert refuses(zbackup.parse_level, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("latest", ("", 1 << 63)),
+        ("2023-11-14T22-13-20Z", ("2023-11-14T22-13-20Z", 0)),
+        ("2023-11-14T22-13-20Z-2", ("2023-11-14T22-13-20Z-2", 0)),
+        ("2023-11-14", ("", 1_700_006_400 * 10**9 - 1)),
+        ("2023-11-14 22:13", ("", 1_700_000_040 * 10**9 - 1)),
+        ("2023-11-14T22:13:20", ("", 1_700_000_001 * 10**9 - 1)),
+        ("3d", ("", NOON - 3 * 86400 * 10**9)),
+        ("1h30m ago", ("", NOON - 5400 * 10**9)),
+    ],
+)
+def test_when_read(monkeypatch: pytest.MonkeyPatch, text: str, found: tuple[str, int]) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    assert zbackup.parse_when(text, NOON) == found
+
+
+# ---- networks ----
+
+
+@pytest.mark.parametrize(
+    ("network", "numbers", "first", "last", "count"),
+    [
+        ("127.0.0", [9, 12], "127.0.0.9", "127.0.0.12", 2),
+        ("192.168.1", None, "192.168.1.1", "192.168.1.254", 254),
+        ("192.168.1.0/24", None, "192.168.1.1", "192.168.1.254", 254),
+        ("192.168.1.77/24", [0, 255], "192.168.1.0", "192.168.1.255", 2),
+        ("192.168.1.128/25", [129], "192.168.1.129", "192.168.1.129", 1),
+        ("192.168.1.4/31", None, "192.168.1.4", "192.168.1.5", 2),
+        ("192.168.1.4/32", None, "192.168.1.4", "192.168.1.4", 1),
+        ("10.1.0.0/16", None, "10.1.0.1", "10.1.255.254", 65534),
+    ],
+)
+def test_network_expanded(network: str, numbers: list[int] | None, first: str, last: str, count: int) -> None:
+    found = zbackup.expand_network(network, numbers)
+    assert (found[0], found[-1], len(found)) == (first, last, count)
+
+
+@pytest.mark.parametrize(
+    ("network", "numbers", "words"),
+    [
+        ("lan", None, "is no network"),
+        ("", None, "is no network"),
+        ("300.0.0", None, "is no network"),
+        ("127.0.0.0/33", None, "is no network"),
+        ("10.0.0.0/8", None, "up to /16"),
+        ("0.0.0.0/0", None, "up to /16"),
+        ("127.0.0.9", None, "write an IPv4 network"),
+        ("fe80::/64", None, "--host for IPv6"),
+        ("10.1.0.0/16", [9], "--range goes with a network of up to 256 addresses"),
+        ("192.168.1.128/25", [9], "192.168.1.9 is not in the network"),
+    ],
+)
+def test_network_refused(network: str, numbers: list[int] | None, words: str) -> None:
+    with pytest.raises(zbackup.UsageError, match=re.escape(words)):
+        zbackup.expand_network(network, numbers)
+
+
+@given(st.integers(0, 255), st.integers(24, 32))
+def test_network_has_what_its_mask_says(number: int, prefix: int) -> None:
+    found = zbackup.expand_network(f"10.1.2.{number}/{prefix}", None)
+    size = 1 << (32 - prefix)
+    assert len(found) == len(set(found)) == (size - 2 if size > 2 else size)
+
+
+# ---- wrong usage ----
+
+WRONG = {
+    "no command": ([], "the following arguments are required: COMMAND"),
+    "unknown command": (["backup"], "invalid choice: 'backup'"),
+    "unknown flag": (["server", "--fast"], "unrecognized arguments: --fast"),
+    "no addresses": (["server", "--once"], "which machines? Name them: --range"),
+    "unknown network": (["server", "--network", "lan"], "--network lan is no network"),
+    "network /8": (["server", "--network", "10.0.0.0/8"], "write an IPv4 network up to /16"),
+    "empty range": (["server", "--range", ""], "'' is not a range from 0 to 255"),
+    "range beyond 255": (["server", "--range", "250-256"], "'250-256' is not a range"),
+    "range outside of network": (["server", "--network", "10.0.0.0/25", "--range", "200"], "10.0.0.200 is not in"),
+    "bad port": (["server", "--range", "9", "--port", "0"], "'0' is not a port"),
+    "bad port of host": (["server", "--host", "nas:70000"], "'70000' is not a port"),
+    "bad span": (["server", "--range", "9", "--every", "often"], "'often' is not a span of time"),
+    "bad size": (["server", "--range", "9", "--window", "big"], "'big' is not a size"),
+    "bad level": (["node", "--level", "99"], "'99' is not a level from 1 to 19"),
+    "node with port name": (["node", "--port", "http"], "'http' is not a port"),
+    "log file": (["server", "--range", "9", "--log-file", "no/such/folder/log"], "--log-file no/such/folder/log: No"),
+    "log file of node": (["node", "--log-file", "."], "--log-file .: Is a directory"),
+    "no flags file": (["server", "@missing"], "No such file or directory: 'missing'"),
+    "no --to": (["restore", FOLDER], "the following arguments are required: --to"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_usage(world: World, what: str) -> None:
+    arguments, words = WRONG[what]
+    port = ["--port", str(world.port)] if arguments[:1] == ["node"] and "--port" not in arguments else []
+    done = world.run(*arguments, *port, code=2, stdin=subprocess.DEVNULL)
+    assert done.stdout == ""
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("zbackup") and words in said
+    assert not world.store.exists()
+
+
+def test_two_files_with_one_name(world: World) -> None:
+    """An absolute path is stored without its slash: a relative one may be the same."""
+    absolute = world.path / "twice"
+    relative = str(absolute).lstrip("/")
+    (world.path / relative).parent.mkdir(parents=True)
+    (world.path / relative).touch()
+    absolute.touch()
+    files = ["--file", str(absolute), "--file", relative]
+    done = world.run("node", *files, "--port", str(world.port), code=2)
+    assert done.stderr == f"zbackup: --file {relative}: another file has the name {relative} already\n"
+
+
+TRACEBACKS = {
+    "quote in @FILE": (["server", "@quote"], "ValueError of shlex: No closing quotation"),
+    "@FILE not UTF-8": (["server", "@latin"], "UnicodeDecodeError"),
+    "host with empty label": (["server", "--once", "--host", "a..b"], "UnicodeError of getaddrinfo"),
+    "host too long": (["server", "--once", "--host", "x" * 70], "UnicodeError of getaddrinfo"),
+    "--heartbeat 30d": (["server", "--once", "--range", "9", "--heartbeat", "30d"], "OverflowError of setsockopt"),
+    "--timeout 30d": (["server", "--once", "--range", "9", "--timeout", "30d"], "OverflowError of setsockopt"),
+}
+
+
+@pytest.mark.parametrize("what", TRACEBACKS)
+def test_odd_usage_ends_in_sentence(world: World, what: str) -> None:
+    (world.path / "quote").write_text("--host nas's\n")
+    (world.path / "latin").write_bytes(b"--host caf\xe9\n")
+    world.run(*TRACEBACKS[what][0], code=None)
+
+
+def test_empty_file_flag_serves_nothing(world: World) -> None:
+    node = world.node("--file", "", wait=False)
+    wait_until(lambda: "serving" in node.output or node.process.poll() is not None)
+    assert node.process.poll() == 2, node.output
+
+
+@pytest.mark.parametrize("host", ["999.1.1.1", "::1::2"])
+def test_host_that_is_no_address(world: World, host: str) -> None:
+    done = world.run(*world.server_flags("--host", host, "--timeout", "100ms"), code=None)
+    assert host in done.stderr
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_each_flag(world: World, command: str) -> None:
+    text = world.run(command, "--help").stdout
+    parser = next(a for a in zbackup.make_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    flags = [flag for action in parser.choices[command]._actions for flag in action.option_strings]
+    assert len(flags) > 3
+    for flag in flags:
+        assert re.search(rf"(^|[ ,]){re.escape(flag)}\b", text), flag
+    assert all(action.help for action in parser.choices[command]._actions)
+
+
+def test_help_names_each_command_and_exit_code(world: World) -> None:
+    text = world.run("--help").stdout
+    assert all(re.search(rf"^    {command} +\S", text, re.M) for command in COMMANDS)
+    for code in ("0", "1", "2", "3", "4", "5", "130"):
+        assert re.search(rf"\b{code}\b", text.partition("exit codes")[2]), code
+
+
+def test_version(world: World) -> None:
+    assert world.run("--version").stdout == f"zbackup {zbackup.VERSION}\n"
+
+
+def test_flags_from_file(world: World) -> None:
+    """Comments, quotes and several flags in a line; what comes later wins."""
+    world.node()
+    (world.files / "a").write_text("a")
+    (world.path / "my flags").write_text(
+        f"# don't mind this\n\n--range 9 --store 'my backups'  # nor \"this\n--port {world.port}\n--port 1\n--quiet\n"
+    )
+    done = world.run("server", "--once", "@my flags", "--port", str(world.port))
+    assert (done.stdout, done.stderr) == ("", "")
+    assert (world.path / "my backups/zbackup.json").exists() and not world.store.exists()
+
+
+# ---- list ----
+
+
+@pytest.fixture
+def history(world: World) -> World:
+    """A store with two snapshots of a file that changed, one that did not, and one with a hostile name."""
+    evil = describe("d/evil\x1b]0;x\x07\n", user="\x1b[31m", group="g")
+    folder, same = describe("d", "directory", user="ann", group="staff"), describe("d/same", user="ann", group="staff")
+    first = [(folder, None), (evil, b"e"), (describe("d/new\u202eline"), b""), (same, b"same"), (describe("f"), b"one")]
+    second = [*first[:-1], (describe("f", mtime=NOON + 10**9), b"second")]
+    make_snapshot(world.store, first)
+    problems = (zbackup.Problem("a", "broke"),)
+    make_snapshot(world.store, second, grade="torn", at=NOON + 86400 * 10**9, problems=problems)
+    return world
+
+
+def test_list_nodes(history: World) -> None:
+    rows = history.listed()
+    assert [(row["NODE"], row["HOST"], row["SNAPSHOTS"], row["GRADE"]) for row in rows] == [
+        (FOLDER, "host", "2", "torn")
+    ]
+    lines = history.run("list").stdout.splitlines()
+    assert lines[0].split() == ["NODE", "HOST", "ADDRESSES", "SNAPSHOTS", "LAST", "GRADE", "FILES", "SIZE"]
+    assert lines[1].startswith(f"{FOLDER}  host  {FOLDER} ") and len(lines) == 2
+
+
+def test_list_nodes_of_empty_store(world: World) -> None:
+    world.sweep(code=5)
+    assert world.listed() == []
+    assert world.run("list").stdout.startswith("NODE")
+    assert "it has: none yet" in world.run("list", FOLDER, code=2).stderr
+
+
+def test_list_node_without_snapshots(world: World) -> None:
+    make_snapshot(world.store, [])
+    for path in (world.store / FOLDER / "snapshots").iterdir():
+        path.unlink()
+    assert world.listed()[0]["LAST"] == "-"
+    assert world.listed(FOLDER) == []
+    assert "has no snapshot at or before latest" in world.run("list", FOLDER, "--at", "latest", code=2).stderr
+
+
+def test_list_snapshots(history: World) -> None:
+    rows = history.listed(FOLDER)
+    assert [(row["SNAPSHOT"], row["TIME"], row["GRADE"], row["NOTE"]) for row in rows] == [
+        ("2023-11-14T22-13-20Z", "2023-11-14 22:13:20", "stable", ""),
+        ("2023-11-15T22-13-20Z", "2023-11-15 22:13:20", "torn", "1 problems"),
+    ]
+    assert history.run("list", FOLDER).stdout.count("\n") == 3
+
+
+def test_list_snapshots_cut_off(world: World) -> None:
+    make_snapshot(world.store, [], grade="partial", cut_off="lost\x1b[2J")
+    assert world.listed(FOLDER)[0]["NOTE"] == r"cut off: lost\x1b[2J"
+
+
+def test_list_versions(history: World) -> None:
+    rows = history.listed(FOLDER, "/f")
+    assert [(row["SNAPSHOT"], row["SIZE"]) for row in rows] == [
+        ("2023-11-14T22-13-20Z", "3"),
+        ("2023-11-15T22-13-20Z", "6"),
+    ]
+    assert len(history.listed(FOLDER, "d/same")) == 1
+    assert history.run("list", FOLDER, "d/").stdout.count("\n") == 2
+
+
+def test_list_versions_of_nothing(history: World) -> None:
+    done = history.run("list", FOLDER, "nothing", code=2)
+    assert f"no snapshot of {FOLDER} has nothing" in done.stderr
+
+
+def test_list_files_of_snapshot(history: World) -> None:
+    rows = history.listed(FOLDER, "--at", "2023-11-14")
+    assert [row["PATH"] for row in rows] == ["d", r"d/evil\x1b]0;x\x07\n", r"d/new\u202eline", "d/same", "f"]
+    assert rows[3] == {
+        "MODE": "-rw-r--r--",
+        "OWNER": "ann:staff",
+        "SIZE": "4",
+        "TIME": "2023-11-14 22:13:20",
+        "GRADE": "stable",
+        "PATH": "d/same",
+    }
+    assert [row["PATH"] for row in history.listed(FOLDER, "d/same", "--at", "latest")] == ["d/same"]
+    assert history.listed(FOLDER, "f", "--at", "latest")[0]["SIZE"] == "6"
+
+
+def test_list_files_of_missing_path(history: World) -> None:
+    done = history.run("list", FOLDER, "nothing", "--at", "latest", code=2)
+    assert "nothing is not in the snapshot 2023-11-15T22-13-20Z" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--at", "latest"], ["d/evil\x1b]0;x\x07\n"]])
+def test_list_escapes_control_characters(history: World, arguments: list[str]) -> None:
+    done = history.run("list", FOLDER, *arguments)
+    assert "evil" in done.stdout
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) == (6 if "--at" in arguments else 2)
+
+
+def test_list_in_narrow_encoding(world: World) -> None:
+    make_snapshot(world.store, [(describe("price in €"), b"")])
+    world.env["PYTHONIOENCODING"] = "latin-1"
+    assert "price in " in world.run("list", FOLDER, "--at", "latest").stdout
+
+
+def test_list_names_damaged_pack(history: World) -> None:
+    pack = next(history.store.glob("packs/*/*.pack"))
+    pack.write_bytes(b"zbpack1\nnothing more")
+    (history.store / "index.sqlite").unlink()
+    done = history.run("list", code=4)
+    assert f"{pack.name} cannot be read" in done.stderr and FOLDER in done.stdout
+
+
+def test_list_names_damaged_snapshot(history: World) -> None:
+    (history.store / FOLDER / "snapshots/2023-11-15T22-13-20Z.json").write_text("[]")
+    done = history.run("list", FOLDER, code=None)
+    assert "2023-11-15T22-13-20Z cannot be read" in done.stderr and "2023-11-14T22-13-20Z" in done.stdout
+
+
+def test_list_nodes_names_damaged_snapshot(history: World) -> None:
+    (history.store / FOLDER / "snapshots/2023-11-15T22-13-20Z.json").write_text("[]")
+    done = history.run("list", code=None)
+    assert done.returncode == 4 and "2023-11-15T22-13-20Z cannot be read" in done.stderr
+
+
+# ---- stores ----
+
+
+@pytest.mark.parametrize("command", [["list"], ["cat", FOLDER, "f"], ["restore", FOLDER, "--to", "back"]])
+def test_store_missing(world: World, command: list[str]) -> None:
+    done = world.run(*command, code=4)
+    assert done.stderr == "zbackup: backups is not a zbackup store: it has no zbackup.json\n"
+    assert not world.store.exists() and not (world.path / "back").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"format": 2, "id": "x"}', "is of format 2; this zbackup knows 1"),
+        ('{"format": 1, "id": "x", "features": ["time\\u001btravel"]}', r"does not know (time\x1btravel)"),
+        ("{", "is damaged: zbackup.json is not JSON"),
+        ('{"format": "one"}', "is damaged: zbackup.json: wrong value of format"),
+        ('{"format": 1}', "is damaged: zbackup.json: wrong value of id"),
+    ],
+)
+def test_store_of_another_format(history: World, text: str, words: str) -> None:
+    (history.store / "zbackup.json").write_text(text)
+    assert words in history.run("list", code=4).stderr
+    done = history.run(*history.server_flags(), code=4)
+    assert words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_store_of_another_kind(world: World) -> None:
+    world.store.mkdir()
+    (world.store / "my\nphotos").mkdir()
+    done = world.run(*world.server_flags(), code=4)
+    assert r"backups is not a zbackup store, and not empty (it has my\nphotos)" in done.stderr
+    assert [path.name for path in world.store.iterdir()] == ["my\nphotos"]
+
+
+def test_store_is_file(world: World) -> None:
+    world.store.touch()
+    assert "backups" in world.run(*world.server_flags(), code=4).stderr
+    assert "backups is not a zbackup store" in world.run("list", code=4).stderr
+
+
+# ---- what is said ----
+
+
+def run_on_terminal(command: list[str], world: World) -> tuple[int, str]:
+    """Run a command whose standard error is a terminal; returns exit code and what it drew."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, str(PROGRAM), *command], cwd=world.path, env=world.env, stdout=subprocess.DEVNULL, stderr=slave
+    ) as process:
+        os.close(slave)
+        drawn = b""
+        while process.poll() is None or select.select([master], [], [], 0)[0]:
+            try:
+                drawn += os.read(master, 65536) if select.select([master], [], [], 0.1)[0] else b""
+            except OSError:  # the other end is closed
+                break
+    os.close(master)
+    return process.returncode, drawn.decode()
+
+
+@pytest.mark.parametrize("flags", [[], ["--quiet"], ["--json"]])
+def test_progress_on_terminal(world: World, flags: list[str]) -> None:
+    world.node("--before", "sleep 1")
+    (world.files / "a").write_text("a")
+    code, drawn = run_on_terminal(world.server_flags(*flags), world)
+    assert code == 0
+    if flags:
+        assert drawn == ""
+    else:
+        assert re.search(rf"\r\x1b\[K{FOLDER} 0 files, \d+ B", drawn)
+        assert drawn.endswith("\r\x1b[K")
+
+
+def test_progress_not_in_file(world: World) -> None:
+    world.node("--before", "sleep 1")
+    (world.files / "a").write_text("a")
+    done = world.run(*world.server_flags())
+    assert done.stderr == "" and "\r" not in done.stdout
+    assert done.stdout.startswith(f"{FOLDER}:{world.port}: stable, 1 files (1 B), 1 changed; sent ")
+
+
+def test_log_file_gets_all_lines(world: World) -> None:
+    world.node("--log-file", "node.log", "--quiet", "--insecure", wait=False)
+    wait_until(
+        lambda: "--insecure" in (world.path / "node.log").read_text() if (world.path / "node.log").exists() else 0
+    )
+    (world.files / "a").write_text("a")
+    world.run(*world.server_flags("--log-file", "server.log", "--quiet"))
+    done = world.run(*world.server_flags("--log-file", "server.log"))
+    lines = (world.path / "server.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S", line) for line in lines)
+    assert [line[20:] for line in lines[-2:]] == done.stdout.splitlines()
+    assert len(lines) == 4
+    assert "serving files at" in (world.path / "node.log").read_text()
+
+
+def test_quiet_sweep_says_problems_only(world: World) -> None:
+    world.node("--name", "n")
+    (world.files / "a").write_text("a")
+    assert world.run(*world.server_flags("--quiet")).stderr == ""
+    world.nodes[0].stop()
+    done = world.run(*world.server_flags("--quiet"), code=None)
+    assert done.stdout == "" and "no node answered" in done.stderr
+
+
+def test_stale_node_makes_exit_code_3(world: World) -> None:
+    world.node()
+    other = world.node(address="127.0.0.10")
+    (world.files / "a").write_text("a")
+    world.sweep("--range", "9-10")
+    other.stop()
+    assert world.sweep("--range", "9-10")["exit_code"] == 0
+    report = world.sweep("--range", "9-10", "--stale", "0ms", code=3)
+    assert [node["address"] for node in report["nodes"] if node["exit_code"]] == [f"127.0.0.10:{world.port}"]
+    assert {"silent", "node"} <= {node["state"] for node in report["nodes"]}
+
+
+def test_json_is_one_object_and_nothing_else(world: World) -> None:
+    world.node()
+    (world.files / "a").write_text("a")
+    done = world.run(*world.server_flags("--json"))
+    assert done.stderr == "" and json.loads(done.stdout)["nodes"][0]["snapshot"]["files"] == 1
+
+
+def test_host_without_address(world: World) -> None:
+    done = world.run(*world.server_flags("--host", "no-such-host.invalid"), code=1)
+    assert "no-such-host.invalid" in done.stderr and "this name has no address" in done.stderr
+
+
+def test_host_and_range_of_one_node(world: World) -> None:
+    """A node that is reached by two ways is copied once."""
+    world.node(address="127.0.0.1")
+    (world.files / "a").write_text("a")
+    report = world.sweep("--host", "localhost", "--host", "127.0.0.1", "--range", "1")
+    assert len(report["nodes"]) == 1
+
+
+# ---- signals ----
+
+
+def test_every_sweeps_again_until_stopped(world: World) -> None:
+    world.node()
+    (world.files / "a").write_text("a")
+    server = world.server("--every", "300ms")
+    server.stop()
+    flags = [flag for flag in world.server_flags("--every", "300ms") if flag != "--once"]
+    command = [sys.executable, str(PROGRAM), *flags]
+    with subprocess.Popen(command, cwd=world.path, env=world.env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for _ in range(4):
+            assert process.stdout.readline()
+        process.terminate()
+        assert process.wait(10) == 0
+    assert len(world.listed(FOLDER)) >= 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_sweep_interrupted(world: World, number: int, code: int) -> None:
+    world.node("--before", "touch began; sleep 3")
+    server = world.server()
+    wait_until((world.path / "began").exists)
+    assert server.stop(number) == code
+    assert "interrupted" in server.output and "Traceback" not in server.output
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_node_stopped(world: World, number: int, code: int) -> None:
+    node = world.node()
+    assert node.stop(number) == code
+    assert node.output.endswith("stopped\n")
+
+
+def test_second_interrupt_ends_at_once() -> None:
+    script = """
+import os, signal, sys, threading
+sys.path.insert(0, sys.argv[1])
+import zbackup
+stop = threading.Event()
+with zbackup.stopping(stop) as caught:
+    os.kill(os.getpid(), signal.SIGINT)
+    sys.stdout.write(f"{stop.is_set()} {caught == [signal.SIGINT]}")
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGINT)
+    sys.stdout.write("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(PROGRAM.parent)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "True True")
+
+
+def test_stopping_puts_the_old_handlers_back() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with zbackup.stopping(zbackup.threading.Event()):
+        assert signal.getsignal(signal.SIGINT) != before[0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ---- without pyzmq ----
+
+
+@pytest.fixture
+def without_zmq(world: World) -> World:
+    fake = world.path / "fake/zmq"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("raise ImportError('no module, said the test')")
+    world.env["PYTHONPATH"] = str(fake.parent)
+    return world
+
+
+@pytest.mark.parametrize("command", [["server", "--once", "--range", "9"], ["node"]])
+def test_pyzmq_missing(without_zmq: World, command: list[str]) -> None:
+    done = without_zmq.run(*command, code=1)
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "pip install pyzmq" in done.stderr and "apt install python3-zmq" in done.stderr
+    assert "no module, said the test" in done.stderr
+
+
+def test_restore_needs_no_pyzmq(without_zmq: World) -> None:
+    make_snapshot(without_zmq.store, [(describe("f"), b"content")])
+    assert without_zmq.run("cat", FOLDER, "f").stdout == "content"
+    assert len(without_zmq.listed()) == 1
+    assert (without_zmq.restore() / "f").read_text() == "content"
+
+
+def test_pyzmq_missing_makes_no_store(without_zmq: World) -> None:
+    without_zmq.run("server", "--once", "--range", "9", code=1)
+    assert not without_zmq.store.exists()
+
+
+# ---- what a node says ----
+
+
+def test_node_says_what_it_serves(world: World) -> None:
+    os.symlink("files", world.path / "link")
+    node = world.node("--file", "files", "--file", "link", "--file", "later\x1b", "--insecure")
+    said = node.output
+    assert r"later\x1b does not exist (yet)" in said
+    assert "link is a symbolic link: the link alone is copied" in said
+    assert r"serving files, link, later\x1b at" in said and "to any machine, without a key" in said
+    wait_until(lambda: "--insecure: everyone" in node.output)
+
+
+def test_node_port_taken(world: World) -> None:
+    world.node()
+    done = world.run("node", "--bind", FOLDER, "--port", str(world.port), "--state", "other", "--file", "files", code=1)
+    assert f"port {world.port} is in use on this machine" in done.stderr and "--port" in done.stderr
+
+
+def test_node_bind_to_no_address_of_ours(world: World) -> None:
+    done = world.run("node", "--bind", "203.0.113.9", "--port", str(world.port), "--file", "files", code=2)
+    assert "cannot listen at tcp://203.0.113.9" in done.stderr and "--bind" in done.stderr
+
+
+def test_main_reads_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert zbackup.main(["list"]) == 4
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert capsys.readouterr().err == "zbackup: backups is not a zbackup store: it has no zbackup.json\n"

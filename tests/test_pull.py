@@ -1,0 +1,768 @@
+"""Chapter 10, the pull: what is copied, what is sent, what is kept when something breaks; end to end."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PROGRAM, Process, World, wait_until
+
+import zbackup
+
+MIB = 1 << 20
+PAGE = zbackup.PAGE
+
+
+def pull(world: World, *flags: str, code: int | None = 0) -> dict[str, Any]:
+    """Make a sweep over the one node; returns the report of its snapshot."""
+    row = world.sweep(*flags, code=code)["nodes"][0]
+    snapshot: dict[str, Any] = row["snapshot"]
+    return snapshot
+
+
+def read_tree(root: Path) -> dict[str, tuple[object, ...]]:
+    """Return kind, mode, mtime and content of every path below a folder."""
+    found: dict[str, tuple[object, ...]] = {}
+    for folder, names, files in os.walk(root):
+        for name in [*names, *files]:
+            path = os.path.join(folder, name)
+            seen = os.lstat(path)
+            content: object = None
+            if stat.S_ISLNK(seen.st_mode):
+                content = os.readlink(path)
+            elif stat.S_ISREG(seen.st_mode):
+                content = Path(path).read_bytes()
+            found[os.path.relpath(path, root)] = (seen.st_mode, seen.st_mtime_ns, content)
+    return found
+
+
+def check_restored(world: World, to: str = "restored") -> Path:
+    """Restore the last snapshot and compare it with the files."""
+    back = world.restore(to=to) / "files"
+    assert read_tree(back) == read_tree(world.files)
+    return back
+
+
+def find_packs(world: World) -> list[Path]:
+    return [path for path in (world.store / "packs").rglob("*") if path.is_file()]
+
+
+def change_pages(path: Path, pages: list[int]) -> None:
+    """Write new bytes in some pages of a file."""
+    with open(path, "r+b") as file:
+        for page in pages:
+            os.pwrite(file.fileno(), os.urandom(PAGE), page * PAGE)
+
+
+@pytest.fixture
+def calm(world: World) -> World:
+    """A world with a node that takes timestamps at their word, so that a file is not read again for its youth."""
+    world.node("--margin", "0s")
+    return world
+
+
+# ---- a tree of real files ----
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Some 3000 files of the standard library, with symlinks and odd modes, and a node that serves them."""
+    world = World(tmp_path_factory.mktemp("library"))
+    source = Path(sysconfig.get_paths()["stdlib"])
+    count = 0
+    for folder, names, files in os.walk(source):
+        names[:] = sorted(set(names) - {"site-packages"})
+        target = world.files / os.path.relpath(folder, source)
+        target.mkdir(exist_ok=True)
+        for name in sorted(files):
+            if count < 3000:
+                shutil.copy2(os.path.join(folder, name), target / name, follow_symlinks=False)
+                count += 1
+    assert count == 3000
+    (world.files / "json link").symlink_to("json")
+    (world.files / "nowhere").symlink_to("/does/not/exist")
+    (world.files / "os.py").chmod(0o4751)
+    (world.files / "locked").mkdir(mode=0o500)
+    (world.files / "a\nb \udcff").write_text("an odd name")
+    os.utime(world.files / "json link", ns=(5, 1234567890123456789), follow_symlinks=False)
+    os.utime(world.files / "re", ns=(5, -1_000_000_007))
+    world.node("--margin", "0s")
+    yield world
+    world.close()
+
+
+def test_library_is_restored_as_it_was(library: World) -> None:
+    first = pull(library)
+    assert (first["files"], first["changed"], first["grade"]) == (3001, 3001, "stable")
+    assert first["added"] < first["sent"] * 1.2 < first["size"]  # compressed on the way
+    check_restored(library)
+
+
+def test_library_unchanged(library: World) -> None:
+    pull(library)
+    second = pull(library)
+    assert (second["files"], second["changed"], second["deleted"]) == (3001, 0, 0)
+    assert second["sent"] < 200_000  # the listing, compressed
+    assert second["added"] < 1000
+    check_restored(library, "unchanged")
+
+
+def test_library_compared_by_checksum(library: World) -> None:
+    pull(library)
+    third = pull(library, "--checksum")
+    assert (third["files"], third["changed"], third["grade"]) == (3001, 0, "stable")
+    assert third["sent"] < 0.1 * third["size"]
+
+
+# ---- what a change costs ----
+
+
+def test_small_file_changed(calm: World) -> None:
+    for name in ("a", "b", "c"):
+        (calm.files / name).write_bytes(os.urandom(30_000))
+    pull(calm)
+    (calm.files / "b").write_bytes(os.urandom(30_000))
+    second = pull(calm)
+    assert second["changed"] == 1 and 30_000 < second["sent"] < 40_000
+    check_restored(calm)
+
+
+def test_appended_file_sends_its_tail(calm: World) -> None:
+    (calm.files / "log").write_bytes(os.urandom(5 * MIB + 123))
+    pull(calm)
+    with open(calm.files / "log", "ab") as file:
+        file.write(os.urandom(100_000))
+    second = pull(calm)
+    assert second["changed"] == 1 and 100_000 < second["sent"] < 115_000
+    assert second["added"] < 115_000
+    check_restored(calm)
+
+
+def test_one_percent_of_pages_changed(calm: World) -> None:
+    big = calm.files / "big"
+    big.write_bytes(os.urandom(20 * MIB))
+    pull(calm)
+    change_pages(big, random.Random(1).sample(range(20 * MIB // PAGE), 51))
+    second = pull(calm)
+    assert 51 * PAGE < second["sent"] < 0.02 * 20 * MIB
+    assert 51 * PAGE < second["added"] < 0.02 * 20 * MIB
+    assert second["changed"] == 1
+    check_restored(calm)
+
+
+@pytest.mark.parametrize(
+    "size", [0, 1, PAGE, MIB // 2, MIB // 2 + 1, MIB, MIB + 1, 2 * MIB, 2 * MIB + 5 * PAGE, 3 * MIB - 1]
+)
+def test_truncated_file(calm: World, size: int) -> None:
+    (calm.files / "big").write_bytes(os.urandom(3 * MIB))
+    pull(calm)
+    os.truncate(calm.files / "big", size)
+    second = pull(calm)
+    assert second["sent"] < 10_000 and second["size"] == size
+    check_restored(calm)
+
+
+@pytest.mark.parametrize("size", [1, PAGE, 10_000, MIB - 1, MIB])
+def test_grown_file(calm: World, size: int) -> None:
+    first = os.urandom(size)
+    (calm.files / "big").write_bytes(first)
+    pull(calm)
+    (calm.files / "big").write_bytes(first + os.urandom(3 * MIB - size))
+    second = pull(calm)
+    assert second["size"] == 3 * MIB and second["sent"] < 3 * MIB + 20_000
+    check_restored(calm)
+
+
+def test_file_becomes_a_folder_and_a_file_again(calm: World) -> None:
+    thing = calm.files / "thing"
+    thing.write_bytes(b"a file")
+    pull(calm)
+    thing.unlink()
+    thing.mkdir()
+    (thing / "inside").write_bytes(b"inside")
+    second = pull(calm)
+    assert (second["files"], second["folders"]) == (1, 2)
+    check_restored(calm)
+    shutil.rmtree(thing)
+    thing.write_bytes(b"a file again")
+    assert pull(calm)["deleted"] == 1
+    check_restored(calm, "again")
+    assert (calm.store / "127.0.0.9/latest/files/thing").read_bytes() == b"a file again"
+
+
+def test_renamed_file_is_stored_once(calm: World) -> None:
+    (calm.files / "old name").write_bytes(os.urandom(2 * MIB))
+    pull(calm)
+    (calm.files / "old name").rename(calm.files / "new name")
+    second = pull(calm)
+    assert second["deleted"] == 1 and second["added"] < 5000
+    check_restored(calm)
+
+
+def test_deleted_files_are_counted(calm: World) -> None:
+    for name in ("a", "b", "c", "d"):
+        (calm.files / name).write_text(name)
+    pull(calm)
+    for name in ("a", "c", "d"):
+        (calm.files / name).unlink()
+    second = pull(calm)
+    assert (second["deleted"], second["files"], second["changed"]) == (3, 1, 0)
+    check_restored(calm)
+
+
+def test_touched_file_sends_no_content(calm: World) -> None:
+    (calm.files / "big").write_bytes(os.urandom(3 * MIB))
+    (calm.files / "small").write_bytes(os.urandom(50_000))
+    pull(calm)
+    for name in ("big", "small"):
+        os.utime(calm.files / name, ns=(1, 10**18))
+    second = pull(calm)
+    assert second["changed"] == 0 and second["sent"] < 5000
+    check_restored(calm)
+
+
+def test_empty_files_and_folders(calm: World) -> None:
+    (calm.files / "empty").touch()
+    (calm.files / "folder").mkdir()
+    first = pull(calm)
+    assert (first["files"], first["folders"], first["size"]) == (1, 2, 0)
+    (calm.files / "empty").write_text("not any more")
+    pull(calm)
+    check_restored(calm)
+
+
+@pytest.mark.parametrize("size", [100, MIB, 5 * MIB + 7])
+def test_zeros_store_nothing(calm: World, size: int) -> None:
+    (calm.files / "zeros").write_bytes(bytes(size))
+    first = pull(calm)
+    assert first["size"] == size and first["sent"] < 3000 and first["added"] < 3000
+    check_restored(calm)
+
+
+def test_sparse_file_keeps_its_holes(calm: World) -> None:
+    with open(calm.files / "sparse", "wb") as file:
+        for at in (0, 30 * MIB + 12345, 49 * MIB):
+            os.pwrite(file.fileno(), os.urandom(10_000), at)
+        file.truncate(60 * MIB + 99)
+    first = pull(calm)
+    assert first["size"] == 60 * MIB + 99 and first["sent"] < 60_000
+    back = check_restored(calm)
+    assert (back / "sparse").stat().st_blocks * 512 < 3 * MIB
+    os.truncate(calm.files / "sparse", 3 << 40)  # lists of nothing but zeros
+    second = pull(calm, "--no-latest")
+    assert second["size"] == 3 << 40 and second["sent"] < 100_000
+
+
+def test_inode_alone_changed(calm: World) -> None:
+    for name, size in (("small", 10_000), ("big", 3 * MIB)):
+        (calm.files / name).write_bytes(os.urandom(size))
+    pull(calm)
+    for name in ("small", "big"):
+        shutil.copy2(calm.files / name, calm.path / "copy")
+        os.replace(calm.path / "copy", calm.files / name)
+    second = pull(calm)
+    assert second["changed"] == 0 and second["sent"] < 5000
+    check_restored(calm)
+
+
+def test_hard_links_are_sent_once(calm: World) -> None:
+    for name, size in (("a", 2 * MIB), ("b", 50_000)):
+        (calm.files / f"{name}1").write_bytes(os.urandom(size))
+        for number in "234":
+            os.link(calm.files / f"{name}1", calm.files / f"{name}{number}")
+    first = pull(calm)
+    assert first["files"] == 8 and first["sent"] < 2 * MIB + 60_000
+    check_restored(calm)
+    os.link(calm.files / "a1", calm.files / "c")
+    second = pull(calm)
+    assert second["files"] == 9 and second["sent"] < 10_000
+    check_restored(calm, "again")
+
+
+# ---- changes that are easily missed ----
+
+
+def test_content_changed_under_the_same_mtime(calm: World) -> None:
+    file = calm.files / "file"
+    file.write_bytes(b"before" * 1000)
+    pull(calm)
+    seen = file.stat()
+    file.write_bytes(b"behind" * 1000)
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert pull(calm)["changed"] == 1
+    check_restored(calm)
+
+
+def test_content_changed_within_one_tick(world: World) -> None:
+    """A page that is dirty already can be written through a map without any timestamp to show for it."""
+    file = world.files / "file"
+    file.write_bytes(bytes(range(256)) * 16)
+    world.node("--margin", "5s")
+    with open(file, "r+b") as opened, mmap.mmap(opened.fileno(), 0) as view:
+        for number in range(5):
+            view[0:8] = b"before %d" % number
+            seen = file.stat()
+            pull(world, "--no-latest")
+            view[0:8] = b"behind %d" % number
+            if file.stat() == seen:
+                break
+        else:
+            pytest.skip("the filesystem always wrote the page back meanwhile, and set its times")
+        assert pull(world, "--no-latest")["changed"] == 1
+    check_restored(world)
+
+
+def test_fresh_file_is_read_until_it_is_old(world: World) -> None:
+    (world.files / "file").write_bytes(os.urandom(50_000))
+    world.node("--margin", "1500ms")
+    pull(world)
+    assert read_entries(world)[-1].stat.fresh
+    wait_until(lambda: pull(world)["sent"] >= 0 and not read_entries(world)[-1].stat.fresh, what="age")
+    assert pull(world)["changed"] == 0
+    check_restored(world)
+
+
+def read_entries(world: World, number: int = -1) -> list[zbackup.Entry]:
+    """Return the entries of a snapshot of the node."""
+    store = zbackup.open_store(str(world.store))
+    reader = store.reader()
+    try:
+        return list(zbackup.list_entries(reader, store.node("127.0.0.9").list_snapshots()[number].blocks))
+    finally:
+        reader.close()
+        store.close()
+
+
+# ---- many versions ----
+
+
+def test_many_versions_of_one_file(calm: World) -> None:
+    choice = random.Random(7)
+    file = calm.files / "file"
+    file.write_bytes(os.urandom(3 * MIB))
+    versions = []
+    for number in range(25):
+        change_pages(file, choice.sample(range(768), 20))
+        if number % 8 == 5:
+            os.truncate(file, 3 * MIB - choice.randrange(2 * MIB))
+        elif number % 8 == 6:
+            os.truncate(file, 3 * MIB)
+        versions.append(file.read_bytes())
+        pull(calm, "--no-latest")
+    store = zbackup.open_store(str(calm.store))
+    reader = store.reader()
+    snapshots = store.node("127.0.0.9").list_snapshots()
+    kinds = set()
+    assert len(snapshots) == 25
+    for snapshot, content in zip(snapshots, versions):
+        entry = next(e for e in zbackup.list_entries(reader, snapshot.blocks) if e.stat.kind == "file")
+        parts = []
+        for chunk in zbackup.list_chunks(reader, entry.content):
+            parts.append(bytes(chunk * MIB) if isinstance(chunk, int) else reader.get(chunk))
+            if isinstance(chunk, bytes):
+                kinds.add(reader.record(reader.find(chunk)).kind)
+                sources = {run.source for run in reader.runs(chunk)}
+                assert {reader.record(reader.find(source)).kind for source in sources} == {zbackup.FRAME}
+                assert len(sources) <= zbackup.MOST_SOURCES
+        assert b"".join(parts)[: len(content)] == content
+        assert entry.content.size == len(content)
+    assert kinds == {zbackup.FRAME, zbackup.PATCHES}
+    reader.close()
+    store.close()
+    name = snapshots[3].name
+    back = calm.restore("127.0.0.9", "--at", name)
+    assert (back / "files/file").read_bytes() == versions[3]
+
+
+def test_many_roots(calm: World) -> None:
+    calm.nodes[0].stop()
+    for number in range(4097):
+        (calm.files / f"{number:04}").touch()
+    calm.node("--margin", "0s", "--file", "files/*")
+    assert pull(calm, "--no-latest")["files"] == 4097
+    assert pull(calm, "--no-latest")["changed"] == 0
+    check_restored(calm)
+
+
+# ---- files that cannot be read, or not in one piece ----
+
+
+def start_unprivileged(world: World) -> None:
+    """Start a node whose root may not read everything."""
+    if not shutil.which("setpriv"):
+        pytest.skip("no setpriv here to take a capability from root")
+    flags = ["node", "--bind", "127.0.0.9", "--port", str(world.port), "--file", "files"]
+    caps = "-dac_override,-dac_read_search"
+    log = world.path / "unprivileged.log"
+    with open(log, "wb") as out:
+        command = ["setpriv", "--bounding-set", caps, sys.executable, str(PROGRAM), *flags]
+        process = subprocess.Popen(command, cwd=world.path, env=world.env, stdout=out, stderr=out)
+    node = Process.__new__(Process)
+    node.log, node.process = log, process
+    world.nodes.append(node)
+    wait_until(lambda: "serving" in node.output, what="the node")
+
+
+def test_unreadable_file_and_folder(world: World) -> None:
+    for name in ("a", "b", "z"):
+        (world.files / name).write_text(name)
+    (world.files / "big").write_bytes(os.urandom(2 * MIB))
+    (world.files / "folder").mkdir()
+    (world.files / "folder" / "inside").write_text("inside")
+    start_unprivileged(world)
+    for name in ("b", "big", "folder"):
+        (world.files / name).chmod(0)
+    first = pull(world, code=1)
+    assert (first["grade"], first["failed"]) == ("partial", 3)
+    said = {problem["path"]: problem["message"] for problem in first["problems"]}
+    assert said == dict.fromkeys(("files/b", "files/big", "files/folder"), "Permission denied")
+    back = world.restore(code=None)
+    assert (back / "files/a").read_text() == "a" and (back / "files/z").read_text() == "z"
+    assert "Permission denied" in world.run(*world.server_flags(), code=1).stderr
+    for name in ("b", "big", "folder"):
+        (world.files / name).chmod(0o700)
+    assert pull(world)["grade"] == "stable"
+    check_restored(world, "whole")
+
+
+def test_missing_root_until_it_comes(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node("--file", "files", "--file", "later")
+    first = pull(world, code=1)
+    assert (first["grade"], first["failed"], first["files"]) == ("partial", 1, 1)
+    assert first["problems"] == [{"path": "later", "message": "does not exist on the node"}]
+    (world.path / "later").write_text("here")
+    second = pull(world)
+    assert (second["grade"], second["files"]) == ("stable", 2)
+
+
+def start_writer(world: World, script: str) -> Iterator[None]:
+    """Run a Python program that keeps changing `files/file`, in a process of its own."""
+    head = "import os, time\nfd = os.open('files/file', os.O_RDWR)\nend = os.lseek(fd, 0, 2)\n"
+    with subprocess.Popen([sys.executable, "-c", head + script], cwd=world.path) as writer:
+        try:
+            yield
+        finally:
+            writer.kill()
+
+
+REWRITE = "while True: os.pwrite(fd, os.urandom(4096), 4096 * (os.urandom(1)[0] * 20 % (end // 4096)))"
+GROW = "while True: end += os.pwrite(fd, os.urandom(3000), end); time.sleep(0.0005)"
+LOG = "while True: end += os.pwrite(fd, b'a line of a log\\n', end); time.sleep(0.2)"
+
+
+def test_file_that_changes_all_the_time(world: World) -> None:
+    (world.files / "file").write_bytes(os.urandom(20 * MIB))
+    (world.files / "quiet").write_text("quiet")
+    world.node()
+    for _ in start_writer(world, REWRITE):
+        torn = pull(world, "--pause", "50ms", code=1)
+    assert (torn["grade"], torn["torn"], torn["files"]) == ("torn", 1, 2)
+    assert torn["problems"] == [{"path": "files/file", "message": "was changing all the time; read 5 times"}]
+    assert torn["finished"] - torn["started"] > 750_000_000  # 50 + 100 + 200 + 400 ms
+    (entry,) = (entry for entry in read_entries(world) if entry.stat.path == b"files/file")
+    assert entry.content.grade == "torn"
+    back = world.restore(code=None)
+    assert (back / "files/file").stat().st_size == 20 * MIB
+    assert pull(world)["grade"] == "stable"
+    check_restored(world, "stable")
+
+
+def test_file_that_grows_all_the_time(world: World) -> None:
+    start = os.urandom(8 * MIB)
+    (world.files / "file").write_bytes(start)
+    world.node()
+    for _ in start_writer(world, GROW):
+        torn = pull(world, "--pause", "10ms", "--tries", "3", code=1)
+    assert (torn["grade"], torn["torn"]) == ("torn", 1)
+    assert torn["problems"][0]["message"] == "was changing all the time; read 3 times"
+    back = world.restore(code=None)
+    assert (back / "files/file").read_bytes()[: 8 * MIB] == start
+    assert not [problem for problem in torn["problems"] if "length" in problem["message"]]
+
+
+def test_log_that_grows_slowly(world: World) -> None:
+    start = os.urandom(5 * MIB)
+    (world.files / "file").write_bytes(start)
+    world.node()
+    for _ in start_writer(world, LOG):
+        reports = [pull(world) for _ in range(3)]
+    assert [report["grade"] for report in reports] == ["stable"] * 3
+    assert reports[2]["sent"] < 50_000
+    whole = (world.files / "file").read_bytes()
+    back = (world.restore() / "files/file").read_bytes()
+    assert whole.startswith(back) and len(back) > len(start)
+
+
+def test_file_that_cannot_be_read_to_its_end(world: World) -> None:
+    """/proc/PID/mem is a regular file whose every read fails with EIO."""
+    world.node("--file", "files", "--file", f"/proc/{os.getpid()}/mem")
+    (world.files / "a").write_text("a")
+    report = pull(world, code=1)
+    assert (report["grade"], report["failed"]) == ("partial", 1)
+    assert report["problems"][0]["message"] == "Input/output error"
+    assert (world.restore(code=None) / "files/a").read_text() == "a"
+
+
+# ---- processes that die ----
+
+
+def find_progress(world: World) -> dict[str, Any]:
+    """Return the progress.json of the node, {} where there is none."""
+    try:
+        found: dict[str, Any] = json.loads((world.store / "127.0.0.9/progress.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    return found
+
+
+def count_sealed(world: World) -> int:
+    """Return the bytes in sealed packs."""
+    return sum(path.stat().st_size for path in find_packs(world) if path.suffix == ".pack")
+
+
+def test_node_killed_then_server_killed(world: World) -> None:
+    flags = ("--pack-size", "16MiB", "--window", "1MiB")
+    (world.files / "a").write_text("the first version")
+    world.node()
+    pull(world)
+    (world.files / "a").write_text("the second version")
+    (world.files / "big").write_bytes(os.urandom(300 * MIB))
+
+    server = world.server(*flags)
+    wait_until(lambda: find_progress(world), what="progress")
+    world.nodes[0].kill()
+    assert server.process.wait(30) == 1
+    assert "connection to the node was lost" in server.output and "Traceback" not in server.output
+    rows = world.listed("127.0.0.9")
+    assert [row["GRADE"] for row in rows] == ["stable", "partial"]
+    assert rows[1]["NOTE"].startswith("cut off: the connection")
+    assert (world.store / "127.0.0.9/latest/files/a").read_text() == "the first version"
+    assert (world.restore() / "files/a").read_text() == "the first version"
+    after_node = count_sealed(world)
+    assert after_node > 16 * MIB
+    before = find_progress(world)
+
+    world.node()
+    server = world.server(*flags)
+    wait_until(lambda: find_progress(world) != before, what="more progress")
+    server.kill()
+    assert "Traceback" not in server.output
+    sealed = count_sealed(world)
+    assert after_node + 16 * MIB <= sealed < 300 * MIB
+    assert len(world.listed("127.0.0.9")) == 2
+
+    report = pull(world)
+    assert report["grade"] == "stable"
+    assert report["sent"] < 300 * MIB - sealed + 2 * MIB
+    assert [path for path in find_packs(world) if path.suffix != ".pack"] == []
+    assert not find_progress(world)
+    check_restored(world, "whole")
+    assert (world.store / "127.0.0.9/latest/files/a").read_text() == "the second version"
+    assert count_sealed(world) < 302 * MIB
+
+
+def test_server_killed_between_many_files(world: World) -> None:
+    for number in range(400):
+        (world.files / f"{number:03}").write_bytes(os.urandom(200_000))
+    world.node("--margin", "0s")
+    server = world.server("--pack-size", "4MiB", "--window", "1MiB")
+    wait_until(lambda: find_progress(world), what="progress")
+    server.kill()
+    sealed = count_sealed(world)
+    assert sealed < 80_000_000
+    report = pull(world)
+    assert (report["grade"], report["files"]) == ("stable", 400)
+    assert report["sent"] < 80_000_000 - sealed + 3 * MIB
+    check_restored(world)
+
+
+def test_node_stopped_in_the_middle(world: World) -> None:
+    (world.files / "big").write_bytes(os.urandom(60 * MIB))
+    node = world.node()
+    server = world.server("--window", "1MiB", "--answer-timeout", "1s")
+    wait_until(lambda: any(p.stat().st_size > MIB for p in find_packs(world)), what="some bytes")
+    node.process.send_signal(signal.SIGSTOP)
+    assert server.process.wait(10) == 1
+    assert "did not answer within 1 s" in server.output
+    node.process.send_signal(signal.SIGCONT)
+    assert pull(world)["grade"] == "stable"
+    check_restored(world)
+
+
+def test_progress_that_is_damaged(calm: World) -> None:
+    (calm.files / "a").write_text("a")
+    pull(calm)
+    progress = calm.store / "127.0.0.9/progress.json"
+    progress.write_text("{]")
+    assert pull(calm)["changed"] == 0
+    progress.write_text(json.dumps({"format": 1, "blocks": ["00" * 32], "tail": [], "current": ""}))
+    report = pull(calm, code=1)
+    assert report["grade"] == "stable"
+    assert "progress cannot be used" in report["problems"][0]["message"]
+    assert not progress.exists() and pull(calm)["problems"] == []
+
+
+def test_lost_pack_is_sent_again(calm: World) -> None:
+    (calm.files / "a").write_bytes(os.urandom(3 * MIB))
+    (calm.files / "b").write_bytes(os.urandom(1000))
+    pull(calm)
+    for path in find_packs(calm):
+        path.unlink()
+    report = pull(calm, code=None)
+    assert report["sent"] > 3 * MIB and report["grade"] == "stable"
+    assert "last snapshot cannot be compared with" in report["problems"][0]["message"]
+    check_restored(calm)
+
+
+def test_lost_pack_of_one_file_is_mended(calm: World) -> None:
+    (calm.files / "a").write_bytes(os.urandom(3 * MIB))
+    pull(calm)
+    before = set(find_packs(calm))
+    (calm.files / "b").write_bytes(os.urandom(3 * MIB))
+    (calm.files / "a").write_bytes(os.urandom(3 * MIB))
+    pull(calm)
+    for path in set(find_packs(calm)) - before:
+        os.rename(path, calm.path / path.name)
+    pull(calm, code=None)  # compared with nothing: the entries were in that pack too
+    check_restored(calm)
+
+
+def test_lost_pack_of_content_alone_is_mended(calm: World) -> None:
+    (calm.files / "a").write_bytes(os.urandom(3 * MIB))
+    pull(calm, "--pack-size", "1MiB")
+    for path in find_packs(calm):
+        if path.stat().st_size > MIB:
+            path.unlink()
+    os.utime(calm.files / "a")
+    report = pull(calm, code=None)
+    assert report["grade"] == "stable" and report["sent"] >= MIB
+    check_restored(calm)
+
+
+# ---- hooks, packs, codecs ----
+
+
+def test_hooks_around_a_copy(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node(
+        "--before", "echo made > files/dump; echo before >> hooks", "--after", "rm files/dump; echo after >> hooks"
+    )
+    report = pull(world)
+    assert report["files"] == 2
+    assert (world.path / "hooks").read_text().split() == ["before", "after"]
+    assert (world.restore() / "files/dump").read_text() == "made\n"
+    assert not (world.files / "dump").exists()
+
+
+def test_hook_before_fails(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node("--before", "echo no room; echo for it >&2; exit 7")
+    row = world.sweep(code=1)["nodes"][0]
+    assert row["snapshot"] is None
+    assert row["error"] == "--before ended with code 7: no room | for it"
+
+
+def test_hook_after_fails(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node("--before", "true", "--after", "echo it broke; exit 3")
+    row = world.sweep(code=1)["nodes"][0]
+    assert row["snapshot"]["grade"] == "stable"
+    assert row["problems"] == [{"path": "", "message": "--after ended with code 3: it broke"}]
+
+
+def test_hook_after_without_before(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node("--after", "echo after >> hooks")
+    pull(world)
+    assert (world.path / "hooks").read_text() == "after\n"
+
+
+def test_hook_after_a_copy_that_failed(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node("--before", "false", "--after", "echo after >> hooks")
+    world.sweep(code=1)
+    wait_until((world.path / "hooks").exists, timeout=3, what="--after")
+
+
+def test_hook_after_a_server_that_was_killed(world: World) -> None:
+    """The next copy must not find its --before undone by the --after of the last one."""
+    (world.files / "big").write_bytes(os.urandom(60 * MIB))
+    world.node("--before", "echo before >> hooks", "--after", "echo after >> hooks", "--session-timeout", "5s")
+    server = world.server("--window", "1MiB")
+    wait_until(lambda: any(p.stat().st_size > MIB for p in find_packs(world)), what="some bytes")
+    server.kill()
+    pull(world)
+    assert (world.path / "hooks").read_text().split() == ["before", "after"] * 2
+
+
+def test_hook_that_takes_long(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node("--before", "sleep 2", "--working-every", "200ms")
+    assert pull(world, "--answer-timeout", "800ms")["grade"] == "stable"
+
+
+def test_packs_of_few_chunks(calm: World) -> None:
+    for number in range(300):
+        (calm.files / f"{number:03}").write_bytes(os.urandom(20_000))
+    pull(calm, "--pack-chunks", "50")
+    assert len(find_packs(calm)) >= 5
+    assert pull(calm, "--pack-chunks", "50")["changed"] == 0
+    check_restored(calm)
+
+
+def hide_zstd(world: World) -> dict[str, str]:
+    """Return an environment in which Python has no zstd."""
+    hidden = world.path / "hidden"
+    for package in ("backports", "compression"):
+        (hidden / package).mkdir(parents=True, exist_ok=True)
+        (hidden / package / "__init__.py").write_text("")
+        (hidden / package / "zstd.py").write_text("raise ImportError('hidden')\n")
+    return {**world.env, "PYTHONPATH": str(hidden)}
+
+
+def find_codecs(world: World) -> set[int]:
+    """Return the codecs of all records of all packs."""
+    found = set()
+    for path in find_packs(world):
+        data = path.read_bytes()
+        for _, record, _ in zbackup.read_pack_index(str(path)):
+            found.add(zbackup.decode_record_head(data[record : record + zbackup.RECORD.size], record)[1])
+    return found
+
+
+@pytest.mark.parametrize(("node_has", "server_has"), [(True, False), (False, True), (False, False)])
+def test_zlib_where_zstd_is_missing(world: World, node_has: bool, server_has: bool) -> None:
+    (world.files / "text").write_bytes(b"".join(b"line %d\n" % i for i in range(300_000)))
+    (world.files / "small").write_text("small " * 1000)
+    full, poor = world.env, hide_zstd(world)
+    world.env = full if node_has else poor
+    world.node()
+    world.env = full if server_has else poor
+    report = pull(world)
+    assert report["sent"] < report["size"] / 2
+    assert zbackup.ZLIB in find_codecs(world)
+    assert (zbackup.ZSTD in find_codecs(world)) <= server_has
+    world.env = full
+    check_restored(world)
+
+
+def test_zstd_store_without_zstd(world: World) -> None:
+    (world.files / "text").write_bytes(b"".join(b"line %d\n" % i for i in range(300_000)))
+    world.node()
+    pull(world)
+    world.env = hide_zstd(world)
+    said = world.run("restore", "127.0.0.9", "--to", "restored", code=None)
+    assert said.returncode and "install backports.zstd" in said.stderr

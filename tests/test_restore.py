@@ -1,0 +1,945 @@
+"""From a snapshot back to files: all that was known of them, and never a byte elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import stat as stat_bits
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FOLDER, PROGRAM, World, make_database, wait_until
+
+import zbackup
+
+NOON = 1_700_000_000 * 10**9
+MIB = 1 << 20
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="owners and devices need root")
+
+
+def mark(values: Iterable[str], reasons: dict[str, str]) -> list[Any]:
+    """Return parameters, those that have a reason as expected failures."""
+    wrong = {value: pytest.mark.xfail(strict=True, reason=reasons[value]) for value in reasons}
+    return [pytest.param(value, marks=wrong.get(value, ())) for value in values]
+
+
+# ---- stores made by hand: what no honest node would send ----
+
+
+def describe(path: str | bytes, kind: str = "file", **fields: Any) -> zbackup.Stat:
+    """Return the Stat of a path, of this process's user unless told otherwise."""
+    mode = 0o755 if kind == "directory" else 0o644
+    known = {"mode": mode, "uid": os.geteuid(), "gid": os.getegid(), "mtime": NOON, **fields}
+    return zbackup.Stat(path.encode() if isinstance(path, str) else path, kind, **known)
+
+
+def put_file(writer: zbackup.PackWriter, stat: zbackup.Stat, data: bytes, grade: str = "stable") -> zbackup.Entry:
+    """Store a file's content; returns its entry."""
+    chunks = tuple(writer.put_chunk(data[i : i + MIB]) for i in range(0, len(data), MIB))
+    content = zbackup.Content(len(data), chunks, (), grade)
+    stat = zbackup.replace(stat, size=len(data))
+    return zbackup.Entry(zbackup.encode_stat(stat), zbackup.encode_content(content))
+
+
+def make_snapshot(
+    path: Path, entries: list[tuple[zbackup.Stat, Any]], grade: str = "stable", at: int = NOON, **fields: Any
+) -> zbackup.Snapshot:
+    """Store a snapshot of (Stat, content): bytes, a Content, a ready line as bytes of an Entry, or None."""
+    with contextlib.closing(zbackup.open_store(str(path), create=True)) as store:
+        writer = zbackup.PackWriter(store.packs, store.index, zbackup.ZLIB, 1)
+        blocks = zbackup.BlockWriter(writer)
+        for stat, content in entries:
+            if isinstance(content, bytes):
+                blocks.put(put_file(writer, stat, content))
+            else:
+                read = zbackup.encode_content(content or zbackup.NOTHING)
+                blocks.put(zbackup.Entry(zbackup.encode_stat(stat), read))
+        digests = blocks.close()
+        writer.seal()
+        folder = store.node(FOLDER)
+        folder.make()
+        folder.save_known(zbackup.Known(FOLDER, "0" * 32, "host", (FOLDER,), at, at))
+        sequence = 1 + len(os.listdir(folder.snapshots))
+        snapshot = zbackup.Snapshot(
+            zbackup.name_time(at), FOLDER, sequence, at, at, grade, blocks=digests, host="host", **fields
+        )
+        return folder.save_snapshot(snapshot)
+
+
+def list_tree(path: Path) -> dict[str, str]:
+    """Return all paths below a folder and what they are."""
+    return {
+        str(found.relative_to(path)): "link" if found.is_symlink() else "folder" if found.is_dir() else "file"
+        for found in sorted(path.rglob("*"))
+    }
+
+
+def run_as_nobody(arguments: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command as nobody, who may not even start our Python: it is started first, then given away."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
+        "import ast, contextlib, importlib, os, zbackup\n"
+        "zbackup.load_zstd()\n"
+        "for node in ast.walk(ast.parse(open(zbackup.__file__).read())):\n"
+        "    for name in [alias.name for alias in node.names] if isinstance(node, ast.Import) else []:\n"
+        "        with contextlib.suppress(ImportError): importlib.import_module(name)\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "sys.exit(zbackup.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, str(PROGRAM.parent), *arguments]
+    return subprocess.run(command, cwd=cwd, env={**env, "COVERAGE_PROCESS_START": ""}, capture_output=True, text=True)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that nobody can reach, unlike pytest's own."""
+    path = Path(tempfile.mkdtemp(prefix="zbackup-test-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+# ---- one copy of everything that a filesystem has ----
+
+
+def make_acl(user: int) -> bytes:
+    """Return the extended attribute of an ACL that lets one more user read."""
+    nobody = 0xFFFFFFFF
+    rows = [(1, 6, nobody), (2, 4, user), (4, 4, nobody), (0x10, 4, nobody), (0x20, 0, nobody)]
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *row) for row in rows)
+
+
+def make_zoo(files: Path) -> None:
+    """Make one of each kind of thing below a folder."""
+    (files / "plain").write_bytes(os.urandom(3 * MIB + 17))
+    (files / "empty").touch()
+    (files / "hollow").mkdir()
+    (files / "hollow").chmod(0o555)
+    (files / "deep/er/est").mkdir(parents=True)
+    (files / "deep/er/est/leaf").write_text("leaf")
+    (files / "deep/er").chmod(0o2750)
+    for name, mode in (("setuid", 0o4755), ("setgid", 0o2711), ("sticky", 0o1600), ("closed", 0o000)):
+        (files / name).write_text(name)
+        (files / name).chmod(mode)
+    (files / "first").write_text("one file, three names")
+    os.link(files / "first", files / "second")
+    os.link(files / "first", files / "deep/third")
+    os.symlink("plain", files / "link")
+    os.symlink(b"\xff\xfe nowhere", bytes(files / "odd link"))
+    os.symlink("../../../etc", files / "link out")
+    os.mkfifo(files / "fifo", 0o620)
+    (files / "new\nline").write_text("n")
+    Path(os.fsdecode(bytes(files) + b"/caf\xe9")).write_text("latin")
+    (files / "été").write_text("utf-8")
+    with open(files / "sparse", "wb") as sparse:
+        sparse.write(b"head")
+        sparse.seek(5 * MIB)
+        sparse.write(b"middle")
+        sparse.truncate(4 << 30)
+    (files / "marked").write_text("marked")
+    os.setxattr(files / "marked", "user.colour", b"blue\0\xff")
+    os.setxattr(files / "marked", "system.posix_acl_access", make_acl(1))
+    os.setxattr(files / "hollow", "user.of", b"folder")
+    os.setxattr(files / "hollow", "system.posix_acl_default", make_acl(1))
+    with socket.socket(socket.AF_UNIX) as listener:
+        here = os.getcwd()
+        os.chdir(files)  # a socket's path has a limit
+        listener.bind("socket")
+        os.chdir(here)
+    if os.geteuid() == 0:
+        os.mknod(files / "character", stat_bits.S_IFCHR | 0o606, os.makedev(1, 3))
+        os.mknod(files / "block", stat_bits.S_IFBLK | 0o640, os.makedev(7, 123))
+        (files / "owned").write_text("owned")
+        os.chown(files / "owned", 1, 2)
+        os.chown(files / "link", 54321, 54322, follow_symlinks=False)
+        os.chown(files / "setuid", 54321, 54322)
+        (files / "setuid").chmod(0o4755)
+    for number, path in enumerate(sorted(files.rglob("*"), reverse=True)):
+        os.utime(path, ns=(NOON, NOON + number * 1_000_000_007), follow_symlinks=False)
+    os.utime(files, ns=(NOON, NOON - 1))
+
+
+def picture(path: Path) -> dict[str, Any]:
+    """Return all that a restore should bring back of one path."""
+    found = path.lstat()
+    kind = stat_bits.S_IFMT(found.st_mode)
+    told: dict[str, Any] = {
+        "mode": oct(found.st_mode),
+        "owner": (found.st_uid, found.st_gid),
+        "mtime": found.st_mtime_ns,
+        "xattrs": {name: os.getxattr(path, name, follow_symlinks=False) for name in list_names(path)},
+    }
+    if kind == stat_bits.S_IFREG:
+        told["size"], told["links"] = found.st_size, found.st_nlink
+        told["content"] = path.read_bytes() if found.st_size < 64 * MIB else "large"
+    if kind == stat_bits.S_IFLNK:
+        told["target"] = os.readlink(bytes(path))
+    if kind in (stat_bits.S_IFBLK, stat_bits.S_IFCHR):
+        told["device"] = found.st_rdev
+    return told
+
+
+def list_names(path: Path) -> list[str]:
+    return sorted(os.listxattr(path, follow_symlinks=False))
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A world with one sweep over one of each kind."""
+    made = World(tmp_path_factory.mktemp("zoo"))
+    make_zoo(made.files)
+    node = made.node()
+    made.sweep("--no-latest")
+    node.stop()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def restored(zoo: World) -> Path:
+    """The zoo, restored."""
+    return zoo.restore(to="back") / "files"
+
+
+@needs_root
+def test_restore_all_bit_exact(zoo: World, restored: Path) -> None:
+    before = {str(path.relative_to(zoo.files)): picture(path) for path in zoo.files.rglob("*")}
+    after = {str(path.relative_to(restored)): picture(path) for path in restored.rglob("*")}
+    del before["socket"]  # made by its program at each start
+    assert after.keys() == before.keys()
+    for name, told in before.items():
+        assert after[name] == told, name
+    assert picture(restored) == picture(zoo.files)
+
+
+def test_restore_hard_links_one_inode(restored: Path) -> None:
+    inodes = {(restored / name).stat().st_ino for name in ("first", "second", "deep/third")}
+    assert len(inodes) == 1
+
+
+def test_restore_sparse_file_keeps_holes(zoo: World, restored: Path) -> None:
+    with open(restored / "sparse", "rb") as file:
+        assert file.read(5) == b"head\0"
+        file.seek(5 * MIB - 1)
+        assert file.read(8) == b"\0middle\0"
+    assert (restored / "sparse").stat().st_size == 4 << 30
+    assert (restored / "sparse").stat().st_blocks * 512 < MIB
+
+
+def test_restore_sparse_4_gib_is_quick(zoo: World) -> None:
+    started = time.monotonic()
+    zoo.restore(FOLDER, "files/sparse", to="quick")
+    assert time.monotonic() - started < 5
+
+
+def test_restore_leaves_no_temporary_file(restored: Path) -> None:
+    assert [path.name for path in restored.parent.rglob(zbackup.TEMPORARY + "*")] == []
+
+
+def test_restore_path_selection(zoo: World) -> None:
+    back = zoo.restore(FOLDER, "files/deep/er", "/files/empty", to="some")
+    assert list_tree(back) == {
+        "files": "folder",
+        "files/deep": "folder",
+        "files/deep/er": "folder",
+        "files/deep/er/est": "folder",
+        "files/deep/er/est/leaf": "file",
+        "files/empty": "file",
+    }
+    assert picture(back / "files/deep") == picture(zoo.files / "deep")
+
+
+def test_restore_path_missing(zoo: World) -> None:
+    done = zoo.run("restore", FOLDER, "files/empty", "files/nothing", "--to", "missing", code=1)
+    assert "files/nothing: is not in the snapshot" in done.stderr
+    assert (zoo.path / "missing/files/empty").exists()
+
+
+@needs_root
+def test_restore_as_nobody(zoo: World, public: Path) -> None:
+    shutil.copytree(zoo.store, public / "backups")
+    for path in [public / "backups", *(public / "backups").rglob("*")]:
+        os.chown(path, 65534, 65534)
+    done = run_as_nobody(["restore", FOLDER, "--to", "back"], public, zoo.env)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "owner of " in done.stderr and "could not be set" in done.stderr
+    back = public / "back/files"
+    for name in ("plain", "setuid", "setgid", "owned", "deep/third"):
+        assert (back / name).read_bytes() == (zoo.files / name).read_bytes(), name
+        assert (back / name).stat().st_uid == 65534
+    assert stat_bits.S_IMODE((back / "setuid").stat().st_mode) == 0o755
+    assert stat_bits.S_IMODE((back / "setgid").stat().st_mode) == 0o711
+    assert stat_bits.S_IMODE((back / "closed").stat().st_mode) == 0
+    assert stat_bits.S_IMODE((back / "hollow").stat().st_mode) == 0o555
+    assert not (back / "character").exists() and "files/character: cannot be restored" in done.stderr
+
+
+# ---- owners ----
+
+
+@needs_root
+def test_restore_owner_by_name_or_number(world: World) -> None:
+    """The machine that is restored to has its own numbers for the same names."""
+    known = describe("known", uid=4444, gid=5555, user="daemon", group="bin", mode=0o4755)
+    strange = describe("strange", uid=4444, gid=5555, user="no such user", group="no such group")
+    make_snapshot(world.store, [(known, b"k"), (strange, b"s")])
+    by_name, by_number = world.restore(to="name"), world.restore("--numeric-ids", to="number")
+    found = {(p.name, q.name): (q.stat().st_uid, q.stat().st_gid) for p in (by_name, by_number) for q in p.iterdir()}
+    assert found == {
+        ("name", "known"): (1, 2),
+        ("name", "strange"): (4444, 5555),
+        ("number", "known"): (4444, 5555),
+        ("number", "strange"): (4444, 5555),
+    }
+    assert stat_bits.S_IMODE((by_name / "known").stat().st_mode) == 0o4755
+
+
+# ---- what is there already ----
+
+
+@pytest.fixture
+def small(world: World) -> World:
+    """A store with a folder, a file and a link."""
+    make_snapshot(
+        world.store,
+        [
+            (describe("a", "directory", mode=0o750), None),
+            (describe("a/file"), b"from the store"),
+            (describe("a/link", "symlink", target=b"file"), None),
+            (describe("b"), b"other"),
+        ],
+    )
+    return world
+
+
+def test_restore_leaves_existing_file(small: World) -> None:
+    back = small.path / "restored"
+    (back / "a").mkdir(parents=True)
+    (back / "a/file").write_text("mine")
+    done = small.run("restore", FOLDER, "--to", "restored", code=1)
+    assert "a/file: exists already" in done.stderr and "--overwrite" in done.stderr
+    assert (back / "a/file").read_text() == "mine"
+    assert (back / "b").read_text() == "other"
+    assert list_tree(back) == {"a": "folder", "a/file": "file", "a/link": "link", "b": "file"}
+
+
+def test_restore_leaves_existing_folder_as_it_is(small: World) -> None:
+    (small.path / "restored/a").mkdir(parents=True, mode=0o700)
+    back = small.restore()
+    assert stat_bits.S_IMODE((back / "a").stat().st_mode) == 0o700
+    assert (back / "a").stat().st_mtime_ns != NOON
+
+
+def test_restore_overwrite_replaces(small: World) -> None:
+    back = small.path / "restored"
+    (back / "a").mkdir(parents=True, mode=0o700)
+    (back / "a/file").write_text("mine")
+    (back / "a/own").write_text("mine")
+    os.symlink("/etc/passwd", back / "b")
+    small.restore("--overwrite")
+    assert (back / "a/file").read_text() == "from the store"
+    assert (back / "b").read_text() == "other" and not (back / "b").is_symlink()
+    assert (back / "a/own").read_text() == "mine"
+    assert stat_bits.S_IMODE((back / "a").stat().st_mode) == 0o750
+    assert (back / "a").stat().st_mtime_ns == NOON
+
+
+def test_restore_overwrite_again_is_the_same(small: World) -> None:
+    first = picture(small.restore() / "a/file")
+    assert picture(small.restore("--overwrite") / "a/file") == first
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_restore_folder_in_place_of_file(small: World, flags: list[str]) -> None:
+    (small.path / "restored/b/inside").mkdir(parents=True)
+    done = small.run("restore", FOLDER, "--to", "restored", *flags, code=1)
+    assert "b: " in done.stderr
+    assert list_tree(small.path / "restored/b") == {"inside": "folder"}
+    assert (small.path / "restored/a/file").read_text() == "from the store"
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_restore_file_in_place_of_folder(small: World, flags: list[str]) -> None:
+    (small.path / "restored").mkdir()
+    (small.path / "restored/a").write_text("mine")
+    done = small.run("restore", FOLDER, "--to", "restored", *flags, code=1)
+    assert "a/file: cannot be restored" in done.stderr
+    assert (small.path / "restored/a").read_text() == "mine"
+    assert (small.path / "restored/b").read_text() == "other"
+
+
+# ---- never outside of --to ----
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_restore_follows_no_symlink_of_folder(small: World, flags: list[str]) -> None:
+    (small.path / "elsewhere").mkdir()
+    (small.path / "restored").mkdir()
+    os.symlink("../elsewhere", small.path / "restored/a")
+    done = small.run("restore", FOLDER, "--to", "restored", *flags, code=1)
+    assert "a/file: cannot be restored" in done.stderr
+    assert list_tree(small.path / "elsewhere") == {}
+    assert (small.path / "restored/a").is_symlink()
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_restore_follows_no_symlink_of_file(small: World, flags: list[str]) -> None:
+    (small.path / "elsewhere").write_text("mine")
+    (small.path / "restored").mkdir()
+    os.symlink("../elsewhere", small.path / "restored/b")
+    small.run("restore", FOLDER, "--to", "restored", *flags, code=0 if flags else 1)
+    assert (small.path / "elsewhere").read_text() == "mine"
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize("between", [0, 5000])
+def test_restore_hostile_symlink_then_entry_below(world: World, flags: list[str], between: int) -> None:
+    """With so many entries between them, the link is published before the file comes."""
+    (world.path / "elsewhere").mkdir()
+    target = bytes(world.path / "elsewhere")
+    link = (describe("door", "symlink", target=target), None)
+    filling = [(describe(f"door.{i:05}"), zbackup.NOTHING) for i in range(between)]
+    make_snapshot(world.store, [link, *filling, (describe("door/file"), b"evil"), (describe("good"), b"good")])
+    world.restore(*flags, code=1)
+    assert list_tree(world.path / "elsewhere") == {}
+    assert (world.path / "restored/good").read_text() == "good"
+
+
+@pytest.mark.parametrize("path", ["../evil", "/evil", "a/../../evil", "a//evil", "./evil", "a/", ".", "..", "a\0b", ""])
+def test_restore_refuses_crafted_path(world: World, path: str) -> None:
+    make_snapshot(world.store, [(describe("aaa"), b"good"), (zbackup.replace(describe("x"), path=path.encode()), b"e")])
+    world.run("restore", FOLDER, "--to", "inner/restored", code=None)
+    assert "evil" not in "".join(list_tree(world.path))
+
+
+def test_restore_crafted_path_ends_in_sentence(world: World) -> None:
+    evil = zbackup.replace(describe("x"), path=b"../evil")
+    make_snapshot(world.store, [(describe("aaa"), b"good"), (evil, b"evil")])
+    done = world.run("restore", FOLDER, "--to", "restored", code=None)
+    assert done.returncode != 0
+    assert "a path that is not plain: ../evil" in done.stderr
+
+
+HOSTILE = {
+    "user with NUL": {"user": "a\0b"},
+    "user no name": {"user": "\ud800"},
+    "group with NUL": {"group": "a\0b"},
+    "uid too large": {"uid": 1 << 32, "user": ""},
+    "device too large": {"kind": "character", "rdev": 1 << 64},
+    "xattr with NUL": {"kind": "fifo", "xattrs": {"user.a\0b": "eA=="}},
+    "xattr not ASCII": {"kind": "fifo", "xattrs": {"user.a": "é"}},
+    "xattr not base64": {"kind": "fifo", "xattrs": {"user.a": "x"}},
+    "link to nothing": {"kind": "symlink", "target": b""},
+    "link too long": {"kind": "symlink", "target": b"x" * 5000},
+    "name too long": {"path": b"x" * 300},
+    "time far away": {"mtime": 1 << 63},
+}
+TRACEBACKS = {
+    "user with NUL": "traceback: ValueError of getpwnam",
+    "user no name": "traceback: UnicodeEncodeError of getpwnam",
+    "group with NUL": "traceback: ValueError of getgrnam",
+    "uid too large": "an entry that does not decode ends the whole restore",
+    "device too large": "traceback: OverflowError of mknod",
+}
+
+
+@needs_root
+@pytest.mark.parametrize("what", mark(HOSTILE, TRACEBACKS))
+def test_restore_hostile_entry_costs_only_itself(world: World, what: str) -> None:
+    bad = zbackup.replace(describe("bad"), **HOSTILE[what])
+    make_snapshot(world.store, [(bad, b"" if bad.kind == "file" else None), (describe("good"), b"good")])
+    world.run("restore", FOLDER, "--to", "restored", code=None)
+    assert (world.path / "restored/good").read_text() == "good"
+
+
+# ---- damage ----
+
+
+def damage(path: Path, at: int) -> None:
+    """Flip bits in the middle of a file."""
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 0xFF]))
+
+
+def list_packs(store: Path) -> list[Path]:
+    return sorted(store.glob("packs/*/*.pack"), key=lambda path: path.stat().st_size)
+
+
+def make_two_packs(world: World) -> tuple[Path, Path]:
+    """Store a large file in one pack and the rest in another; returns both, the large one last."""
+    with contextlib.closing(zbackup.open_store(str(world.store), create=True)) as store:
+        writer = zbackup.PackWriter(store.packs, store.index, zbackup.PLAIN, 1)
+        writer.put_chunk(random.Random(1).randbytes(MIB))
+        writer.seal()
+    data = random.Random(1).randbytes(MIB)
+    make_snapshot(world.store, [(describe("bad"), data), (describe("good"), b"good")])
+    small, large = list_packs(world.store)
+    return small, large
+
+
+def test_restore_damaged_pack_costs_only_its_files(world: World) -> None:
+    _, pack = make_two_packs(world)
+    damage(pack, MIB // 2)
+    done = world.run("restore", FOLDER, "--to", "restored", code=None)
+    assert done.returncode != 0
+    assert pack.stem in done.stderr and "damaged" in done.stderr
+    assert list_tree(world.path / "restored") == {"good": "file"}
+
+
+def test_restore_lost_pack_costs_only_its_files(world: World) -> None:
+    _, pack = make_two_packs(world)
+    pack.unlink()
+    done = world.run("restore", FOLDER, "--to", "restored", code=None)
+    assert done.returncode != 0
+    assert "bad: the store has no chunk" in done.stderr
+    assert list_tree(world.path / "restored") == {"good": "file"}
+
+
+@pytest.mark.parametrize("end", ["head", "tail"])
+def test_restore_pack_cut_off(world: World, end: str) -> None:
+    _, pack = make_two_packs(world)
+    data = pack.read_bytes()
+    pack.write_bytes(data[1000:] if end == "head" else data[: MIB // 2])
+    (world.store / "index.sqlite").unlink()
+    done = world.run("restore", FOLDER, "--to", "restored", code=4)
+    assert f"{pack.name} cannot be read" in done.stderr
+    assert list_tree(world.path / "restored") == {"good": "file"}
+
+
+def test_restore_damaged_block_of_entries(world: World) -> None:
+    small, _ = make_two_packs(world)
+    _, _, _, _, _, table, _, stored = zbackup.RECORD.unpack_from(small.read_bytes(), len(zbackup.PACK_HEADER))
+    damage(small, len(zbackup.PACK_HEADER) + zbackup.RECORD.size + table + stored // 2)
+    done = world.run("restore", FOLDER, "--to", "restored", code=None)
+    assert done.returncode != 0 and small.stem in done.stderr
+
+
+def make_many_blocks(world: World) -> None:
+    """Store two snapshots' worth of entries in two packs, so that one block can be damaged alone."""
+    with contextlib.closing(zbackup.open_store(str(world.store), create=True)) as store:
+        digests = []
+        for names in (["a1", "a2"], ["b1", "b2"]):
+            writer = zbackup.PackWriter(store.packs, store.index, zbackup.PLAIN, 1)
+            blocks = zbackup.BlockWriter(writer)
+            for name in names:
+                blocks.put(put_file(writer, describe(name), name.encode()))
+            digests += blocks.close()
+            writer.seal()
+        folder = store.node(FOLDER)
+        folder.make()
+        folder.save_known(zbackup.Known(FOLDER, "0" * 32))
+        snapshot = zbackup.Snapshot("2023-11-14T22-13-20Z", FOLDER, 1, NOON, NOON, "stable", blocks=tuple(digests))
+        folder.save_snapshot(snapshot)
+
+
+def test_restore_damaged_block_costs_only_its_entries(world: World) -> None:
+    make_many_blocks(world)
+    pack = next(path for path in list_packs(world.store) if b'"a1"' in path.read_bytes())
+    damage(pack, pack.read_bytes().index(b'"a1"'))
+    done = world.run("restore", FOLDER, "--to", "restored", code=None)
+    assert done.returncode != 0 and pack.stem in done.stderr
+    assert list_tree(world.path / "restored") == {"b1": "file", "b2": "file"}
+
+
+def test_restore_content_of_wrong_length(world: World) -> None:
+    with contextlib.closing(zbackup.open_store(str(world.store), create=True)) as store:
+        writer = zbackup.PackWriter(store.packs, store.index, zbackup.PLAIN, 1)
+        digest = writer.put_chunk(b"five!")
+        writer.seal()
+    entries = [
+        (describe("longer", size=9), zbackup.Content(9, (digest,))),
+        (describe("missing", size=MIB + 5), zbackup.Content(MIB + 5, (1,))),
+        (describe("shorter", size=3), zbackup.Content(3, (digest,))),
+        (describe("whole", size=5), zbackup.Content(5, (digest,))),
+    ]
+    make_snapshot(world.store, entries)
+    done = world.run("restore", FOLDER, "--to", "restored", code=1)
+    assert list_tree(world.path / "restored") == {"whole": "file"}
+    assert all(f"{name}: " in done.stderr for name in ("longer", "missing", "shorter"))
+    done = world.run("cat", FOLDER, "longer", code=4)
+    assert "4 bytes too short" in done.stderr
+
+
+MANY = random.Random(2).randbytes(4 * MIB)  # the content of each of 120 files
+
+
+def interrupt_restore(world: World, number: int) -> tuple[int, str]:
+    """Restore 120 files, with a signal after the first; returns exit code and standard error."""
+    entries: list[tuple[zbackup.Stat, Any]] = []
+    for folder in range(40):
+        entries.append((describe(f"d{folder:02}", "directory"), None))
+        entries += [(describe(f"d{folder:02}/f{i}"), MANY) for i in range(3)]
+    make_snapshot(world.store, entries)
+    command = [sys.executable, str(PROGRAM), "restore", FOLDER, "--to", "restored"]
+    with subprocess.Popen(command, cwd=world.path, env=world.env, stderr=subprocess.PIPE, text=True) as process:
+        back = world.path / "restored"
+        wait_until(lambda: len(list(back.glob("d*/f*"))) > 5 or process.poll() is not None, what="the first files")
+        assert process.poll() is None, "it was quicker than the signal"
+        process.send_signal(number)
+        return process.wait(20), process.communicate()[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_restore_killed_leaves_no_half_file(world: World, number: int) -> None:
+    code, said = interrupt_restore(world, number)
+    back = world.path / "restored"
+    whole = list(back.glob("d*/f*"))
+    assert 0 < len(whole) < 120
+    assert all(path.read_bytes() == MANY for path in whole)
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert (code, said) == (130, "zbackup: interrupted\n")
+        assert list(back.rglob(zbackup.TEMPORARY + "*")) == []
+    world.restore("--overwrite")
+    assert len(list(back.glob("d*/f*"))) == 120
+
+
+def test_restore_again_removes_what_a_killed_run_left(world: World) -> None:
+    for _ in range(3):  # the signal may come between two files
+        interrupt_restore(world, signal.SIGKILL)
+        if list((world.path / "restored").rglob(zbackup.TEMPORARY + "*")):
+            break
+        shutil.rmtree(world.path / "restored")
+    back = world.restore("--overwrite")
+    assert list(back.rglob(zbackup.TEMPORARY + "*")) == []
+
+
+@needs_root
+def test_restore_disk_full(world: World) -> None:
+    make_snapshot(world.store, [(describe("a"), b"fits"), (describe("b"), random.Random(3).randbytes(3 * MIB))])
+    small = world.path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        done = world.run("restore", FOLDER, "--to", "small/restored", code=1)
+        assert done.stderr == "zbackup: small/restored: No space left on device\n"
+        assert all(path.read_bytes() == b"fits" for path in (small / "restored").iterdir())
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+# ---- grades ----
+
+
+def test_restore_torn_snapshot_says_so(world: World) -> None:
+    make_snapshot(world.store, [(describe("a"), b"x")], grade="torn")
+    done = world.run("restore", FOLDER, "--to", "restored", code=None)
+    assert f"this snapshot is torn; see `list {FOLDER}`" in done.stderr
+    assert (world.path / "restored/a").read_text() == "x"
+
+
+def test_restore_partial_snapshot_says_what_lacks(world: World) -> None:
+    lacks = zbackup.Content(error="Permission denied")
+    make_snapshot(world.store, [(describe("a"), lacks), (describe("b"), b"x")], grade="partial")
+    done = world.run("restore", FOLDER, "--to", "restored", code=1)
+    assert "a: is not in this snapshot: Permission denied" in done.stderr
+    assert "this snapshot is partial" in done.stderr
+    assert list_tree(world.path / "restored") == {"b": "file"}
+
+
+def test_restore_torn_snapshot_says_so_if_quiet(world: World) -> None:
+    make_snapshot(world.store, [(describe("a"), b"x")], grade="torn")
+    assert "torn" in world.run("restore", FOLDER, "--to", "restored", "--quiet", code=None).stderr
+
+
+def test_restore_prefers_whole_to_cut_off_snapshot(world: World) -> None:
+    make_snapshot(world.store, [(describe("a"), b"whole")])
+    make_snapshot(world.store, [(describe("a"), b"cut")], grade="partial", at=NOON + 10**9, cut_off="lost")
+    assert (world.restore() / "a").read_text() == "whole"
+
+
+def test_restore_escapes_words_of_node(world: World) -> None:
+    make_snapshot(world.store, [(describe("a"), zbackup.Content(error="\x1b[2Jgone"))], grade="partial")
+    assert "\x1b" not in world.run("restore", FOLDER, "--to", "restored", code=1).stderr
+
+
+def test_restore_escapes_names(world: World) -> None:
+    make_snapshot(world.store, [(describe("a\x1b[2J"), zbackup.Content(error="unread"))], grade="partial")
+    done = world.run("restore", FOLDER, "--to", "restored", code=1)
+    assert "\x1b" not in done.stderr and r"a\x1b[2J: " in done.stderr
+
+
+# ---- --to ----
+
+
+def test_restore_to_file(small: World) -> None:
+    (small.path / "taken").write_text("mine")
+    assert small.run("restore", FOLDER, "--to", "taken", code=1).stderr == "zbackup: taken: File exists\n"
+    assert small.run("restore", FOLDER, "--to", "taken/below", code=1).stderr == (
+        "zbackup: taken/below: Not a directory\n"
+    )
+
+
+@needs_root
+def test_restore_to_without_permission(small: World, public: Path) -> None:
+    shutil.copytree(small.store, public / "backups")
+    for path in [public / "backups", *(public / "backups").rglob("*")]:
+        os.chown(path, 65534, 65534)
+    (public / "closed").mkdir(mode=0o755)
+    done = run_as_nobody(["restore", FOLDER, "--to", "closed/below"], public, small.env)
+    assert (done.returncode, done.stderr) == (1, "zbackup: closed/below: Permission denied\n")
+    done = run_as_nobody(["restore", FOLDER, "--to", "closed"], public, small.env)
+    assert done.returncode == 1
+    assert "b: cannot be restored: Permission denied" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_restore_quiet(small: World) -> None:
+    done = small.run("restore", FOLDER, "--to", "restored", "-q")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_restore_says_what_it_did(small: World) -> None:
+    done = small.run("restore", FOLDER, "--to", "restored")
+    assert done.stdout == f"restored 3 files (19 B) of {FOLDER} as of 2023-11-14 22:13:20 to restored\n"
+
+
+def test_restore_from_store_that_cannot_be_written(small: World, public: Path) -> None:
+    """A store on read-only media has no index that can be opened for writing."""
+    shutil.copytree(small.store, public / "backups")
+    (public / "backups/index.sqlite").unlink()
+    for path in [*(public / "backups").rglob("*"), public / "backups"]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    (public / "to").mkdir()
+    (public / "to").chmod(0o777)
+    done = run_as_nobody(["restore", FOLDER, "b", "--to", "to"], public, small.env)
+    assert (public / "to/b").read_text() == "other", done.stderr
+
+
+# ---- --at ----
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A store with three snapshots, in the middle of three days."""
+    world = World(tmp_path_factory.mktemp("history"))
+    for day in range(3):
+        make_snapshot(world.store, [(describe("f"), b"day %d" % day)], at=NOON + day * 86400 * 10**9)
+    return world
+
+
+@pytest.mark.parametrize(
+    ("when", "day"),
+    [
+        ("latest", 2),
+        ("2023-11-14T22-13-20Z", 0),
+        ("2023-11-15T22-13-20Z", 1),
+        ("2023-11-14", 0),
+        ("2023-11-15", 1),
+        ("2030-01-01", 2),
+        ("2023-11-15 22:13", 1),
+        ("2023-11-15 22:12", 0),
+        ("2023-11-15T22:13", 1),
+        ("2023-11-15T22:13:19", 0),
+        ("2023-11-15 22:13:20", 1),
+        ("0s", 2),
+        ("1h30m ago", 2),
+        ("90", 2),
+    ],
+)
+def test_at_chooses(history: World, when: str, day: int) -> None:
+    assert history.run("cat", FOLDER, "f", "--at", when).stdout == f"day {day}"
+
+
+@pytest.mark.parametrize(
+    "when", ["yesterday", "2023-13-01", "3 moons", "-3d", "2023-11-14T22-13-20", "2023-11-15T25:00", "ago"]
+)
+def test_at_wrong_form(history: World, when: str) -> None:
+    done = history.run("cat", FOLDER, "f", f"--at={when}", code=2)
+    assert done.stdout == "" and "write latest, a snapshot's name, 2026-11-23" in done.stderr
+
+
+def test_at_empty(history: World) -> None:
+    history.run("cat", FOLDER, "f", "--at=", code=2)
+
+
+@pytest.mark.parametrize("when", ["2000-01-01", "100000d", "2001-01-01T00-00-00Z"])
+def test_at_before_all(history: World, when: str) -> None:
+    done = history.run("cat", FOLDER, "f", "--at", when, code=2)
+    assert f"{FOLDER} has no snapshot" in done.stderr and "the first one is 2023-11-14T22-13-20Z" in done.stderr
+
+
+@pytest.mark.parametrize("when", ["9999-12-31", "9" * 400 + "d"])
+def test_at_beyond_all_times(history: World, when: str) -> None:
+    history.run("cat", FOLDER, "f", "--at", when, code=None)
+
+
+def test_at_orders_by_sequence_not_by_clock(world: World) -> None:
+    """I7: a clock that was set back makes no snapshot older than those before it."""
+    make_snapshot(world.store, [(describe("f"), b"first")], at=NOON + 10**12)
+    make_snapshot(world.store, [(describe("f"), b"second")], at=NOON)
+    assert world.run("cat", FOLDER, "f").stdout == "second"
+
+
+def test_damaged_snapshot_is_named_and_the_one_before_taken(world: World) -> None:
+    make_snapshot(world.store, [(describe("f"), b"old")])
+    bad = make_snapshot(world.store, [(describe("f"), b"new")], at=NOON + 10**9)
+    (world.store / FOLDER / "snapshots" / f"{bad.name}.json").write_text("{")
+    done = world.run("cat", FOLDER, "f", code=None)
+    assert done.stdout == "old" and f"snapshot {FOLDER}/{bad.name} cannot be read" in done.stderr
+
+
+def test_damaged_snapshot_shows_in_exit_code(world: World) -> None:
+    make_snapshot(world.store, [(describe("f"), b"old")])
+    bad = make_snapshot(world.store, [(describe("f"), b"new")], at=NOON + 10**9)
+    (world.store / FOLDER / "snapshots" / f"{bad.name}.json").write_text("{")
+    world.run("restore", FOLDER, "--to", "restored", code=4)
+
+
+@pytest.mark.parametrize("text", ["{", None])
+def test_restore_without_node_json(world: World, text: str | None) -> None:
+    make_snapshot(world.store, [(describe("f"), b"x")])
+    known = world.store / FOLDER / "node.json"
+    known.unlink()
+    if text:
+        known.write_text(text)
+    world.run("restore", FOLDER, "--to", "restored", code=None)
+    assert (world.path / "restored/f").read_text() == "x"
+
+
+# ---- cat ----
+
+
+def run_cat(world: World, *arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, str(PROGRAM), "cat", *arguments]
+    return subprocess.run(command, cwd=world.path, env=world.env, stderr=subprocess.PIPE, **options)
+
+
+def test_cat_binary_exact(zoo: World) -> None:
+    done = run_cat(zoo, FOLDER, "files/plain", stdout=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == (zoo.files / "plain").read_bytes()
+    assert run_cat(zoo, FOLDER, "files/empty", stdout=subprocess.PIPE).stdout == b""
+
+
+def test_cat_non_utf8_name(zoo: World) -> None:
+    done = run_cat(zoo, FOLDER, os.fsdecode(b"files/caf\xe9"), stdout=subprocess.PIPE)
+    assert done.stdout == b"latin", done.stderr
+
+
+def test_cat_closed_pipe(zoo: World) -> None:
+    command = f"{sys.executable} {PROGRAM} cat {FOLDER} files/sparse | head -c 4"
+    done = subprocess.run(["bash", "-c", command], cwd=zoo.path, env=zoo.env, capture_output=True, timeout=60)
+    assert (done.stdout, done.stderr) == (b"head", b"")
+
+
+@pytest.mark.parametrize("command", [["cat", FOLDER, "files/plain"], ["list", FOLDER]])
+def test_output_disk_full(zoo: World, command: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        run = [sys.executable, str(PROGRAM), *command]
+        done = subprocess.run(run, cwd=zoo.path, env=zoo.env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0 and "No space left" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("path", ["files/nothing", "files/deep", "files", "files/fifo", "files/link", "", "/"])
+def test_cat_no_file(zoo: World, path: str) -> None:
+    done = zoo.run("cat", FOLDER, path, code=2)
+    assert done.stdout == "" and "is not a file in the snapshot" in done.stderr
+
+
+def test_cat_file_not_read(world: World) -> None:
+    make_snapshot(world.store, [(describe("a"), zbackup.Content(error="\x1bdenied"))], grade="partial")
+    done = world.run("cat", FOLDER, "a", code=1)
+    assert r"a is not in the snapshot" in done.stderr and r"\x1bdenied" in done.stderr
+
+
+def test_cat_damaged_pack(world: World) -> None:
+    _, pack = make_two_packs(world)
+    damage(pack, MIB // 2)
+    done = world.run("cat", FOLDER, "bad", code=4)
+    assert done.stdout == "" and f"pack {pack.stem} is damaged" in done.stderr
+
+
+def test_node_unknown(small: World) -> None:
+    done = small.run("restore", "nobody", "--to", "restored", code=2)
+    assert done.stderr == f"zbackup: the store has no node nobody; it has: {FOLDER}\n"
+    assert not (small.path / "restored").exists()
+
+
+def test_node_by_host_name(small: World) -> None:
+    assert small.run("cat", "host", "b").stdout == "other"
+
+
+def test_node_name_of_several(small: World) -> None:
+    other = small.store / "127.0.0.10"
+    shutil.copytree(small.store / FOLDER, other)
+    known = json.loads((other / "node.json").read_text())
+    (other / "node.json").write_text(json.dumps({**known, "addresses": ["127.0.0.10"]}))
+    done = small.run("cat", "host", "b", code=2)
+    assert done.stderr == "zbackup: host is the name of several nodes: 127.0.0.10, 127.0.0.9\n"
+    assert small.run("cat", "127.0.0.10", "b").stdout == "other"
+
+
+# ---- larger contents ----
+
+
+def test_restore_file_with_lists(world: World) -> None:
+    """A file of more chunks than one list names: zeros, a chunk at either end, a gap between."""
+    with contextlib.closing(zbackup.open_store(str(world.store), create=True)) as store:
+        writer = zbackup.PackWriter(store.packs, store.index, zbackup.ZLIB, 1)
+        table = zbackup.ListWriter(writer)
+        table.put(writer.put_chunk(b"x" * MIB))
+        table.put_zeros(2 * zbackup.LIST_SPAN)
+        table.put(writer.put_chunk(b"end"))
+        size = (2 * zbackup.LIST_SPAN + 1) * MIB + 3
+        content = table.content(size, "stable")
+        writer.seal()
+    assert len(content.lists) == 3
+    make_snapshot(world.store, [(describe("f", size=size, sparse=True), content)])
+    found = world.restore() / "f"
+    with open(found, "rb") as file:
+        assert file.read(MIB + 1) == b"x" * MIB + b"\0"
+        file.seek(-4, os.SEEK_END)
+        assert file.read() == b"\0end"
+    assert found.stat().st_size == size and found.stat().st_blocks * 512 < 2 * MIB
+
+
+def test_restore_zeros_where_not_sparse(world: World) -> None:
+    content = zbackup.Content(3 * MIB + 5, (4,))
+    make_snapshot(world.store, [(describe("f", size=content.size), content)])
+    found = world.restore() / "f"
+    assert found.read_bytes() == bytes(content.size)
+    assert found.stat().st_blocks * 512 >= content.size
+
+
+def test_restore_more_files_than_are_synced_at_once(world: World) -> None:
+    entries = [(describe(f"f{i:04}"), zbackup.NOTHING) for i in range(zbackup.PUBLISH_FILES + 3)]
+    make_snapshot(world.store, entries)
+    assert len(list(world.restore().iterdir())) == len(entries)
+
+
+def test_restore_database_of_two_versions(world: World) -> None:
+    connection = make_database(world.files / "bd", rows=20000)
+    world.node()
+    name = world.sweep("--no-latest")["nodes"][0]["snapshot"]["name"]
+    first = (world.files / "bd").read_bytes()
+    connection.execute("UPDATE t SET b = 'x' WHERE a % 1000 = 5")
+    connection.commit()
+    world.sweep("--no-latest")
+    assert (world.restore("--at", name, to="one") / "files/bd").read_bytes() == first
+    assert (world.restore(to="two") / "files/bd").read_bytes() == (world.files / "bd").read_bytes()
+
+
+def test_restore_file_called_like_a_temporary_one(world: World) -> None:
+    """A folder that was backed up with the leftover of a killed restore in it."""
+    leftover = zbackup.TEMPORARY + zbackup.hashlib.sha256(b"x").hexdigest()[:16]
+    make_snapshot(world.store, [(describe(leftover), b"leftover"), (describe("x"), b"right")])
+    back = world.restore("--overwrite", code=None)
+    assert (back / "x").read_text() == "right"
