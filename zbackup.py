@@ -104,6 +104,7 @@ if TYPE_CHECKING:
 # datetime, fcntl, glob, grp, ipaddress, pwd, queue, secrets, shlex, socket,
 # subprocess, tempfile, time.
 
+
 # ==== 1. SETTINGS: every figure, its unit and why ====
 
 VERSION = "0.1.0"
@@ -155,6 +156,7 @@ SESSION_TIMEOUT = 120.0  # s without a request before a node drops a server's se
 SESSIONS = 4  # servers that one node serves at once
 LOCKED_TIMEOUT = 60.0  # s to wait for a SQLite database that another program holds
 HEARTBEAT = 5.0  # s between the ZMTP pings that find a dead peer
+
 
 # ==== 2. ERRORS: what can go wrong, and the exit code of each ====
 
@@ -245,6 +247,15 @@ def encode_path(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
 
 
+def show(text: str | bytes) -> str:
+    """Return `text` for a terminal or a log: what does not print is escaped."""
+    if isinstance(text, bytes):
+        text = encode_path(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def decode_path(text: str) -> bytes:
     """Return the path in `text`; FormatError when it could lead out of its root."""
     try:
@@ -263,18 +274,20 @@ def path_key(path: bytes) -> bytes:
     return path.replace(b"/", b"\0")
 
 
-def show(text: str | bytes) -> str:
-    """Return `text` for a terminal or a log: what does not print is escaped."""
-    if isinstance(text, bytes):
-        text = encode_path(text)
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 # ---- JSON that came from elsewhere: every field is checked when it is taken ----
 
 write_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def decode_digest(text: object) -> bytes:
+    """Return the 32 bytes of a digest written as 64 hexadecimal characters."""
+    try:
+        digest = bytes.fromhex(text) if isinstance(text, str) else b""
+    except ValueError:
+        digest = b""
+    if len(digest) != DIGEST:
+        raise FormatError(f"not a digest: {show(repr(text)[:80])}")
+    return digest
 
 
 class Fields:
@@ -354,17 +367,6 @@ class Fields:
         return decode_digest(self.text(name, limit=2 * DIGEST))
 
 
-def decode_digest(text: object) -> bytes:
-    """Return the 32 bytes of a digest written as 64 hexadecimal characters."""
-    try:
-        digest = bytes.fromhex(text) if isinstance(text, str) else b""
-    except ValueError:
-        digest = b""
-    if len(digest) != DIGEST:
-        raise FormatError(f"not a digest: {show(repr(text)[:80])}")
-    return digest
-
-
 # ---- digests ----
 
 
@@ -410,14 +412,6 @@ def list_codecs() -> list[str]:
     return (["zstd"] if load_zstd() else []) + ["zlib", "plain"]
 
 
-def compress(codec: int, data: bytes, level: int) -> tuple[int, bytes]:
-    """Return `data` compressed, and the codec used: PLAIN where it does not pay."""
-    if codec == PLAIN or (len(data) > 2 * SAMPLE and not _shrinks(codec, data[:SAMPLE], level)):
-        return PLAIN, data
-    packed = _compress(codec, data, level)
-    return (codec, packed) if len(packed) < len(data) else (PLAIN, data)
-
-
 def _compress(codec: int, data: bytes, level: int) -> bytes:
     if codec == ZSTD:
         packed: bytes = load_zstd().compress(data, level)
@@ -427,6 +421,24 @@ def _compress(codec: int, data: bytes, level: int) -> bytes:
 
 def _shrinks(codec: int, sample: bytes, level: int) -> bool:
     return len(_compress(codec, sample, level)) < 0.97 * len(sample)
+
+
+def compress(codec: int, data: bytes, level: int) -> tuple[int, bytes]:
+    """Return `data` compressed, and the codec used: PLAIN where it does not pay."""
+    if codec == PLAIN or (len(data) > 2 * SAMPLE and not _shrinks(codec, data[:SAMPLE], level)):
+        return PLAIN, data
+    packed = _compress(codec, data, level)
+    return (codec, packed) if len(packed) < len(data) else (PLAIN, data)
+
+
+def _decompress(decoder: Any, data: bytes | memoryview, size: int, failure: type[Exception]) -> bytes:
+    try:
+        raw: bytes = decoder.decompress(data, size + 1)
+    except (failure, ValueError, MemoryError) as error:
+        raise FormatError(f"a frame does not decompress: {error}") from None
+    if not decoder.eof or decoder.unused_data:
+        raise FormatError(f"a frame is cut off, or longer than its {size} bytes")
+    return raw
 
 
 def decompress(codec: int, data: bytes | memoryview, size: int) -> bytes:
@@ -443,16 +455,6 @@ def decompress(codec: int, data: bytes | memoryview, size: int) -> bytes:
         raise FormatError(f"unknown codec {codec}")
     if len(raw) != size:
         raise FormatError(f"a frame of {size} bytes decodes to {len(raw)}")
-    return raw
-
-
-def _decompress(decoder: Any, data: bytes | memoryview, size: int, failure: type[Exception]) -> bytes:
-    try:
-        raw: bytes = decoder.decompress(data, size + 1)
-    except (failure, ValueError, MemoryError) as error:
-        raise FormatError(f"a frame does not decompress: {error}") from None
-    if not decoder.eof or decoder.unused_data:
-        raise FormatError(f"a frame is cut off, or longer than its {size} bytes")
     return raw
 
 
@@ -964,13 +966,13 @@ def decode_known(data: bytes, folder: str) -> Known:
     )
 
 
+RESERVED = ("packs", "lock", "zbackup.json", "readme.txt", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm")
+
+
 def name_folder(host: str) -> str:
     """Return the folder of the node first seen at `host`: a name that any filesystem takes."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", host)
     return f"node-{name}" if name.startswith((".", "-")) or name.lower() in RESERVED else name
-
-
-RESERVED = ("packs", "lock", "zbackup.json", "readme.txt", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm")
 
 
 @dataclass(frozen=True)
@@ -1278,6 +1280,11 @@ def find_state_folder() -> str:
     return os.environ.get("STATE_DIRECTORY", "").split(":")[0] or os.path.join(home, "zbackup")
 
 
+def is_identity(text: str) -> bool:
+    """Tell whether `text` has the form of a node's identity."""
+    return re.fullmatch("[0-9a-f]{32}", text) is not None
+
+
 def load_identity(folder: str) -> str:
     """Return the random name that this node made at its first start, making it at need.
 
@@ -1302,11 +1309,6 @@ def load_identity(folder: str) -> str:
     if not is_identity(identity):
         raise BackupError(f"{path} holds no identity; remove it, and the node makes a new one")
     return identity
-
-
-def is_identity(text: str) -> bool:
-    """Tell whether `text` has the form of a node's identity."""
-    return re.fullmatch("[0-9a-f]{32}", text) is not None
 
 
 # ==== 6. WIRE: sockets, kinds of message, credit ====
@@ -1349,6 +1351,22 @@ def decode_message(frames: Sequence[Any]) -> Message:
         return Message(fields.text("kind", limit=20), fields.integer("number"), fields, body)
     except FormatError as error:
         raise ProtocolError(f"sent what is no message: {error}") from None
+
+
+def to_milliseconds(seconds: float) -> int:
+    """Return a span as libzmq takes it: at least 1, and three (or ten) times it in 31 bits."""
+    return max(1, min(int(seconds * 1000), 1 << 27))
+
+
+def load_zmq() -> Any:
+    """Return the module zmq; BackupError that says how to get it."""
+    try:
+        import zmq
+    except ImportError as error:
+        raise BackupError(
+            f"pyzmq cannot be loaded ({error}); install it: pip install pyzmq, or apt install python3-zmq"
+        ) from None
+    return zmq
 
 
 class Wire:
@@ -1398,22 +1416,6 @@ class Wire:
     def close(self) -> None:
         """End all sockets, also those that a dying thread left open."""
         self.context.destroy(linger=0)
-
-
-def to_milliseconds(seconds: float) -> int:
-    """Return a span as libzmq takes it: at least 1, and three (or ten) times it in 31 bits."""
-    return max(1, min(int(seconds * 1000), 1 << 27))
-
-
-def load_zmq() -> Any:
-    """Return the module zmq; BackupError that says how to get it."""
-    try:
-        import zmq
-    except ImportError as error:
-        raise BackupError(
-            f"pyzmq cannot be loaded ({error}); install it: pip install pyzmq, or apt install python3-zmq"
-        ) from None
-    return zmq
 
 
 class Peer:
@@ -2040,6 +2042,12 @@ class PackWriter:
             self.fd = -1
 
 
+def _remember(cache: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
+    cache[key] = value
+    if len(cache) > most:
+        cache.popitem(last=False)
+
+
 class Reader:
     """Chunks by their digests; belongs to one thread."""
 
@@ -2187,12 +2195,6 @@ class Reader:
         return pages if digest_pages(pages) == digest else hash_pages(self.get(digest))
 
 
-def _remember(cache: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
-    cache[key] = value
-    if len(cache) > most:
-        cache.popitem(last=False)
-
-
 # ---- entries in blocks, chunks in lists ----
 
 
@@ -2249,6 +2251,27 @@ def list_entries(
         yield from entries
 
 
+HEX_DIGEST = re.compile(rb'(?<=")[0-9a-f]{64}(?=")')
+
+
+def load_chunk_list(reader: Reader, digest: bytes) -> tuple[bytes | int, ...]:
+    """Return the chunks that a list names."""
+    try:
+        values = json.loads(reader.get(digest))
+    except (ValueError, RecursionError):
+        raise FormatError(f"the list {digest.hex()} is not JSON") from None
+    if type(values) is not list or len(values) > LIST_SPAN:
+        raise FormatError(f"the list {digest.hex()} is not a list")
+    return decode_chunks(values)
+
+
+def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
+    """Yield the chunks of a file, a number for that many chunks of zeros."""
+    yield from content.chunks
+    for digest in content.lists:
+        yield from load_chunk_list(reader, digest)
+
+
 def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bool]]:
     """Yield entries, and whether the store has all chunks that each one names.
 
@@ -2267,9 +2290,6 @@ def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Ent
         found = reader.index.find([digest for digests in names for digest in digests])
         for entry, digests in zip(group, names):
             yield entry, all(digest in found for digest in digests)
-
-
-HEX_DIGEST = re.compile(rb'(?<=")[0-9a-f]{64}(?=")')
 
 
 class ListWriter:
@@ -2313,22 +2333,9 @@ class ListWriter:
         return Content(size, (), (*self._lists, self.writer.put_chunk(rest)), grade)
 
 
-def load_chunk_list(reader: Reader, digest: bytes) -> tuple[bytes | int, ...]:
-    """Return the chunks that a list names."""
-    try:
-        values = json.loads(reader.get(digest))
-    except (ValueError, RecursionError):
-        raise FormatError(f"the list {digest.hex()} is not JSON") from None
-    if type(values) is not list or len(values) > LIST_SPAN:
-        raise FormatError(f"the list {digest.hex()} is not a list")
-    return decode_chunks(values)
-
-
-def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
-    """Yield the chunks of a file, a number for that many chunks of zeros."""
-    yield from content.chunks
-    for digest in content.lists:
-        yield from load_chunk_list(reader, digest)
+def _signed(number: int) -> int:
+    """Return a 64-bit number as SQLite stores one."""
+    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 class LinkTable:
@@ -2357,11 +2364,6 @@ class LinkTable:
     def close(self) -> None:
         """Forget all."""
         self._table.close()
-
-
-def _signed(number: int) -> int:
-    """Return a 64-bit number as SQLite stores one."""
-    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 class ChunkTable:
@@ -2589,28 +2591,6 @@ class Store:
         return Known(name, last.identity, last.host, (last.address,), first.started, last.started)
 
 
-def open_store(path: str, create: bool = False) -> Store:
-    """Return the store at `path`; with `create`, one is made in a folder that is empty or absent.
-
-    Raises StoreError when it is no store, of a newer format, or being pruned.
-    """
-    try:
-        if create and not os.path.exists(os.path.join(path, "zbackup.json")):
-            _create_store(path)
-        identity = _load_identity(path)
-        lock = lock_file(os.path.join(path, "lock"), shared=True)
-        try:
-            return Store(path, identity, lock, open_index(path))
-        except BaseException:
-            os.close(lock)
-            raise
-    except BlockingIOError:
-        raise StoreError(f"the store {path} is locked by another run that deletes") from None
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StoreError(f"the store {path} {'is full' if full else 'cannot be opened'}: {explain(error)}") from None
-
-
 STORE_NAMES = ("packs", "lock", "README.txt", "lost+found")  # what a store may have before it is one
 
 
@@ -2659,6 +2639,28 @@ def open_index(path: str) -> Index:
         if os.access(path, os.W_OK):
             raise StoreError(f"the index of the store {path} cannot be opened; see whether the disk is full") from None
         return Index(":memory:")
+
+
+def open_store(path: str, create: bool = False) -> Store:
+    """Return the store at `path`; with `create`, one is made in a folder that is empty or absent.
+
+    Raises StoreError when it is no store, of a newer format, or being pruned.
+    """
+    try:
+        if create and not os.path.exists(os.path.join(path, "zbackup.json")):
+            _create_store(path)
+        identity = _load_identity(path)
+        lock = lock_file(os.path.join(path, "lock"), shared=True)
+        try:
+            return Store(path, identity, lock, open_index(path))
+        except BaseException:
+            os.close(lock)
+            raise
+    except BlockingIOError:
+        raise StoreError(f"the store {path} is locked by another run that deletes") from None
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StoreError(f"the store {path} {'is full' if full else 'cannot be opened'}: {explain(error)}") from None
 
 
 # ==== 8. KEEP: what may be deleted ====
@@ -2724,6 +2726,15 @@ class Root:
     real: bytes  # absolute
 
 
+def name_root(pattern: str, real: str, base: str) -> bytes:
+    """Return the path under which a root is stored: relative where it was given so."""
+    if not os.path.isabs(os.path.expanduser(pattern)):
+        relative = os.path.relpath(real, base)
+        if relative not in (".", "..") and not relative.startswith("../"):
+            return os.fsencode(relative)
+    return os.fsencode(os.path.abspath(real)).strip(b"/")
+
+
 def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
     """Return the roots that exist now, sorted, none inside another; and what matched nothing.
 
@@ -2757,13 +2768,53 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
     return kept, missing
 
 
-def name_root(pattern: str, real: str, base: str) -> bytes:
-    """Return the path under which a root is stored: relative where it was given so."""
-    if not os.path.isabs(os.path.expanduser(pattern)):
-        relative = os.path.relpath(real, base)
-        if relative not in (".", "..") and not relative.startswith("../"):
-            return os.fsencode(relative)
-    return os.fsencode(os.path.abspath(real)).strip(b"/")
+GLOB_TOKEN = re.compile(
+    r"""(?P<deep>(?:^|(?<=/))\*\*/)      # **/ : any folders, or none
+    | (?P<all>(?<=/)\*\*$)              # /** at the end: all that is inside
+    | \[(?P<set>[!^]?\]?(?:\[:\w+:\]|\\.|[^]\\])*)\]
+    | \*+ | \\. | .""",
+    re.DOTALL | re.VERBOSE,
+)
+SET_NAMES = {
+    "alpha": "a-zA-Z",
+    "digit": "0-9",
+    "alnum": "a-zA-Z0-9",
+    "upper": "A-Z",
+    "lower": "a-z",
+    "space": r"\s",
+    "punct": "!-/:-@\\[-`{-~",
+    "xdigit": "0-9A-Fa-f",
+    "blank": " \t",
+}
+
+
+def _translate_set(inside: str) -> str:
+    """Return the regular expression of what stands between the brackets of a glob."""
+    negated = inside[:1] in ("!", "^")
+    parts = []
+    for name, escaped, plain in re.findall(r"\[:(\w+):\]|\\(.)|(.)", inside[negated:], re.DOTALL):
+        parts.append(SET_NAMES.get(name, "") if name else plain if plain == "-" else re.escape(escaped or plain))
+    return f"[{'^' if negated else ''}{''.join(parts)}]"
+
+
+def translate_glob(pattern: str) -> str:
+    """Return the regular expression of a gitignore pattern (gitignore(5)) without its outer slashes."""
+    parts = []
+    for match in GLOB_TOKEN.finditer(pattern):
+        token = match.group()
+        if match.group("deep"):
+            parts.append("(?:.*/)?")
+        elif match.group("all"):
+            parts.append(".+")
+        elif token[0] == "*":
+            parts.append("[^/]*")
+        elif token == "?":
+            parts.append("[^/]")
+        elif match.group("set"):
+            parts.append("(?!/)" + _translate_set(match.group("set")))
+        else:
+            parts.append(re.escape(token[-1]))
+    return "".join(parts)
 
 
 class Exclude:
@@ -2794,55 +2845,6 @@ class Exclude:
         return excluded
 
 
-def translate_glob(pattern: str) -> str:
-    """Return the regular expression of a gitignore pattern (gitignore(5)) without its outer slashes."""
-    parts = []
-    for match in GLOB_TOKEN.finditer(pattern):
-        token = match.group()
-        if match.group("deep"):
-            parts.append("(?:.*/)?")
-        elif match.group("all"):
-            parts.append(".+")
-        elif token[0] == "*":
-            parts.append("[^/]*")
-        elif token == "?":
-            parts.append("[^/]")
-        elif match.group("set"):
-            parts.append("(?!/)" + _translate_set(match.group("set")))
-        else:
-            parts.append(re.escape(token[-1]))
-    return "".join(parts)
-
-
-GLOB_TOKEN = re.compile(
-    r"""(?P<deep>(?:^|(?<=/))\*\*/)      # **/ : any folders, or none
-    | (?P<all>(?<=/)\*\*$)              # /** at the end: all that is inside
-    | \[(?P<set>[!^]?\]?(?:\[:\w+:\]|\\.|[^]\\])*)\]
-    | \*+ | \\. | .""",
-    re.DOTALL | re.VERBOSE,
-)
-SET_NAMES = {
-    "alpha": "a-zA-Z",
-    "digit": "0-9",
-    "alnum": "a-zA-Z0-9",
-    "upper": "A-Z",
-    "lower": "a-z",
-    "space": r"\s",
-    "punct": "!-/:-@\\[-`{-~",
-    "xdigit": "0-9A-Fa-f",
-    "blank": " \t",
-}
-
-
-def _translate_set(inside: str) -> str:
-    """Return the regular expression of what stands between the brackets of a glob."""
-    negated = inside[:1] in ("!", "^")
-    parts = []
-    for name, escaped, plain in re.findall(r"\[:(\w+):\]|\\(.)|(.)", inside[negated:], re.DOTALL):
-        parts.append(SET_NAMES.get(name, "") if name else plain if plain == "-" else re.escape(escaped or plain))
-    return f"[{'^' if negated else ''}{''.join(parts)}]"
-
-
 class Spool:
     """The folder of frozen copies, and the lock that all sessions of a node share."""
 
@@ -2865,6 +2867,13 @@ class Spool:
         for name in os.listdir(self.path):
             if name.startswith("freeze-"):
                 shutil.rmtree(os.path.join(self.path, name), ignore_errors=True)
+
+
+def is_database_head(head: bytes) -> bool:
+    """Tell whether a file that starts with `head` is a SQLite database that is not encrypted."""
+    size = int.from_bytes(head[16:18], "big")  # of a page; 1 stands for 65536
+    whole = len(head) == DATABASE_HEAD and head.startswith(DATABASE_MAGIC)
+    return whole and (size == 1 or (size >= 512 and size & (size - 1) == 0)) and head[21:24] == b"\x40\x20\x20"
 
 
 class Source:
@@ -3055,38 +3064,6 @@ class Source:
         return replace(stat, database=True, wal=(wal.st_size, wal.st_mtime_ns), fresh=stat.fresh or young)
 
 
-def scan(source: Source) -> Iterator[Stat]:
-    """Yield all that a source holds, sorted by path_key; the folders above its roots first."""
-    said: set[bytes] = set()
-    for root in source.roots:
-        depth = root.stored.count(b"/")
-        parts, real = root.stored.split(b"/"), root.real
-        for level in range(depth, 0, -1):
-            above = b"/".join(parts[: depth + 1 - level])
-            folder = b"/".join(real.split(b"/")[:-level]) or b"/"
-            if above not in said:
-                said.add(above)
-                with contextlib.suppress(FileNotFoundError):
-                    yield source.stat(above, os.stat(folder))
-        yield from _scan_root(source, root)
-
-
-def _scan_root(source: Source, root: Root) -> Iterator[Stat]:
-    stack: list[tuple[bytes, Iterator[bytes]]] = [(root.stored, iter([b""]))]
-    while stack:
-        folder, names = stack[-1]
-        name = next(names, None)
-        if name is None:
-            stack.pop()
-            continue
-        path = b"/".join(filter(None, [folder, name]))
-        stat, inside = _look(source, path)
-        if stat:
-            yield stat
-        if inside:
-            stack.append((path, iter(inside)))
-
-
 def _look(source: Source, path: bytes) -> tuple[Stat | None, list[bytes]]:
     """Return a path's Stat and, for a folder to go into, the names in it."""
     stat = None
@@ -3107,43 +3084,54 @@ def _look(source: Source, path: bytes) -> tuple[Stat | None, list[bytes]]:
         return replace(stat or Stat(path, "file"), error=explain(error)), []
 
 
+def _scan_root(source: Source, root: Root) -> Iterator[Stat]:
+    stack: list[tuple[bytes, Iterator[bytes]]] = [(root.stored, iter([b""]))]
+    while stack:
+        folder, names = stack[-1]
+        name = next(names, None)
+        if name is None:
+            stack.pop()
+            continue
+        path = b"/".join(filter(None, [folder, name]))
+        stat, inside = _look(source, path)
+        if stat:
+            yield stat
+        if inside:
+            stack.append((path, iter(inside)))
+
+
+def scan(source: Source) -> Iterator[Stat]:
+    """Yield all that a source holds, sorted by path_key; the folders above its roots first."""
+    said: set[bytes] = set()
+    for root in source.roots:
+        depth = root.stored.count(b"/")
+        parts, real = root.stored.split(b"/"), root.real
+        for level in range(depth, 0, -1):
+            above = b"/".join(parts[: depth + 1 - level])
+            folder = b"/".join(real.split(b"/")[:-level]) or b"/"
+            if above not in said:
+                said.add(above)
+                with contextlib.suppress(FileNotFoundError):
+                    yield source.stat(above, os.stat(folder))
+        yield from _scan_root(source, root)
+
+
 # ---- freezing ----
 
-
-def is_database_head(head: bytes) -> bool:
-    """Tell whether a file that starts with `head` is a SQLite database that is not encrypted."""
-    size = int.from_bytes(head[16:18], "big")  # of a page; 1 stands for 65536
-    whole = len(head) == DATABASE_HEAD and head.startswith(DATABASE_MAGIC)
-    return whole and (size == 1 or (size >= 512 and size & (size - 1) == 0)) and head[21:24] == b"\x40\x20\x20"
-
-
-def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
-    """Copy a live SQLite database by its backup API; returns what quick_check finds wrong.
-
-    `wait` is how long (s) to wait for a lock.  Raises sqlite3.Error or OSError; all transactions
-    that were committed before the call are in the copy, and nothing is left beside the source.
-    """
-    import sqlite3
-
-    for _ in range(TRIES):
-        way = choose_way(source)
-        before = stat_database(source)
-        try:
-            if way:
-                _backup(source, target, open_database(source, way, wait, clock))
-            else:
-                recover_database(source, target)
-        except sqlite3.OperationalError as error:
-            # A journal to be rolled back, or no right to make the log's index.
-            if "readonly" not in str(error) and "unable to open" not in str(error):
-                raise
-            recover_database(source, target)
-        if way != IMMUTABLE or before == stat_database(source):
-            return check_database(target)
-    raise OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
-
-
 IMMUTABLE, READONLY, RECOVER = "immutable=1", "mode=ro", ""  # ways to read a database
+
+
+def _stat_or_none(path: str) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+
+
+def stat_database(path: str) -> list[tuple[int, ...] | None]:
+    """Return size, times and inode of a database and of its log and journal."""
+    return [_stat_or_none(path + end) for end in ("", "-wal", "-journal")]
 
 
 def choose_way(path: str) -> str:
@@ -3157,9 +3145,19 @@ def choose_way(path: str) -> str:
     return READONLY if os.path.exists(path + "-shm") else RECOVER
 
 
-def stat_database(path: str) -> list[tuple[int, ...] | None]:
-    """Return size, times and inode of a database and of its log and journal."""
-    return [_stat_or_none(path + end) for end in ("", "-wal", "-journal")]
+def restore_head(path: str, head: bytes) -> None:
+    """Give a copied database the counters of its source, which the backup API sets anew.
+
+    So the copy of a database at rest is the same bit for bit.  Where the log holds a newer first
+    page, `head` is of another state, and the copy is left as it is.
+    """
+    with open(path, "r+b") as file:
+        found = bytearray(file.read(DATABASE_HEAD))
+        for start, end in ((24, 28), (40, 44), (92, 100)):  # change counter, schema cookie, valid-for and version
+            found[start:end] = head[start:end]
+        if found == head:
+            file.seek(0)
+            file.write(head)
 
 
 def _backup(source: str, target: str, origin: sqlite3.Connection) -> None:
@@ -3181,19 +3179,11 @@ def _backup(source: str, target: str, origin: sqlite3.Connection) -> None:
     restore_head(target, head)
 
 
-def restore_head(path: str, head: bytes) -> None:
-    """Give a copied database the counters of its source, which the backup API sets anew.
+def make_uri(path: str) -> str:
+    """Return a path as SQLite's URI, any bytes in it."""
+    import urllib.parse
 
-    So the copy of a database at rest is the same bit for bit.  Where the log holds a newer first
-    page, `head` is of another state, and the copy is left as it is.
-    """
-    with open(path, "r+b") as file:
-        found = bytearray(file.read(DATABASE_HEAD))
-        for start, end in ((24, 28), (40, 44), (92, 100)):  # change counter, schema cookie, valid-for and version
-            found[start:end] = head[start:end]
-        if found == head:
-            file.seek(0)
-            file.write(head)
+    return "file:" + urllib.parse.quote(os.fsencode(path))
 
 
 def check_database(path: str) -> str:
@@ -3210,13 +3200,6 @@ def check_database(path: str) -> str:
     finally:
         copy.close()
     return "" if said == "ok" else said
-
-
-def make_uri(path: str) -> str:
-    """Return a path as SQLite's URI, any bytes in it."""
-    import urllib.parse
-
-    return "file:" + urllib.parse.quote(os.fsencode(path))
 
 
 def open_database(path: str, way: str, wait: float, clock: Clock) -> sqlite3.Connection:
@@ -3264,12 +3247,30 @@ def recover_database(source: str, target: str) -> None:
         copy.close()
 
 
-def _stat_or_none(path: str) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
+    """Copy a live SQLite database by its backup API; returns what quick_check finds wrong.
+
+    `wait` is how long (s) to wait for a lock.  Raises sqlite3.Error or OSError; all transactions
+    that were committed before the call are in the copy, and nothing is left beside the source.
+    """
+    import sqlite3
+
+    for _ in range(TRIES):
+        way = choose_way(source)
+        before = stat_database(source)
+        try:
+            if way:
+                _backup(source, target, open_database(source, way, wait, clock))
+            else:
+                recover_database(source, target)
+        except sqlite3.OperationalError as error:
+            # A journal to be rolled back, or no right to make the log's index.
+            if "readonly" not in str(error) and "unable to open" not in str(error):
+                raise
+            recover_database(source, target)
+        if way != IMMUTABLE or before == stat_database(source):
+            return check_database(target)
+    raise OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
 
 
 # ---- reading ----
@@ -3695,6 +3696,18 @@ IDLE = 15.0  # s without a question after which a server is taken for dead where
 COMPLAINTS = 100  # told in one node's life: a hostile peer must not fill the log
 
 
+def is_loopback(address: str) -> bool:
+    """Tell whether a peer's address is of the machine itself."""
+    import ipaddress
+
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback
+
+
 class Node:
     """The node's main loop: it alone uses the socket; each copy runs in its session's thread."""
 
@@ -3822,18 +3835,6 @@ class Node:
                 self._pass_to_session(request)
 
 
-def is_loopback(address: str) -> bool:
-    """Tell whether a peer's address is of the machine itself."""
-    import ipaddress
-
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
-
-
 # ==== 10. SWEEP: probe, pull, schedule ====
 
 SILENT = "silent"  # no answer of any kind
@@ -3852,13 +3853,28 @@ class Probe:
     detail: str = ""
 
 
-def probe(wire: Wire, addresses: Sequence[Address], settings: ServerSettings) -> list[Probe]:
-    """Ask all addresses at once, within the limit of hellos in flight; in the order given."""
-    found: list[Probe] = []
-    most = min(settings.hellos_at_once, wire.peers_at_once())
-    for start in range(0, len(addresses), most):
-        found += _probe_group(wire, addresses[start : start + most], settings.timeout)
-    return found
+def _judge_silence(peer: Peer) -> Probe:
+    peer.read_events()
+    if READY in peer.events:
+        return Probe(peer.address, STRANGER, None, "a ZeroMQ service that is no node")
+    if CONNECTED in peer.events:
+        return Probe(peer.address, STRANGER, None, f"port {peer.address.port} is another service")
+    if REFUSED in peer.events:
+        return Probe(peer.address, STRANGER, None, f"nothing listens at port {peer.address.port}")
+    return Probe(peer.address, SILENT)
+
+
+def _read_hello(peer: Peer) -> Probe | None:
+    """Return what a peer said, if that decides what it is."""
+    try:
+        message = peer.receive(0)
+        if message is None:
+            return _judge_silence(peer) if {REFUSED, FAILED, LOST} & set(peer.events) else None
+        return Probe(peer.address, NODE, decode_hello(message))
+    except NodeError as error:
+        return Probe(peer.address, REFUSES if error.code == "refused" else STRANGER, None, str(error))
+    except FormatError as error:
+        return Probe(peer.address, STRANGER, None, f"answered what is no HELLO: {error}")
 
 
 def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float) -> list[Probe]:
@@ -3890,28 +3906,13 @@ def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float) -> li
             peer.close()
 
 
-def _read_hello(peer: Peer) -> Probe | None:
-    """Return what a peer said, if that decides what it is."""
-    try:
-        message = peer.receive(0)
-        if message is None:
-            return _judge_silence(peer) if {REFUSED, FAILED, LOST} & set(peer.events) else None
-        return Probe(peer.address, NODE, decode_hello(message))
-    except NodeError as error:
-        return Probe(peer.address, REFUSES if error.code == "refused" else STRANGER, None, str(error))
-    except FormatError as error:
-        return Probe(peer.address, STRANGER, None, f"answered what is no HELLO: {error}")
-
-
-def _judge_silence(peer: Peer) -> Probe:
-    peer.read_events()
-    if READY in peer.events:
-        return Probe(peer.address, STRANGER, None, "a ZeroMQ service that is no node")
-    if CONNECTED in peer.events:
-        return Probe(peer.address, STRANGER, None, f"port {peer.address.port} is another service")
-    if REFUSED in peer.events:
-        return Probe(peer.address, STRANGER, None, f"nothing listens at port {peer.address.port}")
-    return Probe(peer.address, SILENT)
+def probe(wire: Wire, addresses: Sequence[Address], settings: ServerSettings) -> list[Probe]:
+    """Ask all addresses at once, within the limit of hellos in flight; in the order given."""
+    found: list[Probe] = []
+    most = min(settings.hellos_at_once, wire.peers_at_once())
+    for start in range(0, len(addresses), most):
+        found += _probe_group(wire, addresses[start : start + most], settings.timeout)
+    return found
 
 
 @dataclass(frozen=True)
@@ -3922,6 +3923,19 @@ class Target:
     addresses: tuple[Address, ...]  # all that it answered at; the first one is used
     folder: str
     note: str = ""
+
+
+def _plan_target(hello: Hello, addresses: tuple[Address, ...], folder: str, taken: set[str]) -> Target:
+    note = ""
+    if not folder:
+        first = addresses[0]
+        plain = name_folder(first.host)
+        names = [plain, f"{plain}-{first.port}"] if first.port != PORT else [plain]
+        folder = next((name for name in names if name not in taken), f"{plain}-{hello.identity[:8]}")
+        if plain in taken:
+            note = f"another node than the one whose copies are in {plain}; its copies go to {folder}"
+        taken.add(folder)
+    return Target(hello, addresses, folder, note)
 
 
 def plan_targets(probes: Sequence[Probe], known: Sequence[Known]) -> tuple[list[Target], list[Probe]]:
@@ -3941,19 +3955,6 @@ def plan_targets(probes: Sequence[Probe], known: Sequence[Known]) -> tuple[list[
         detail = f"has the identity of the node at {first.address}, as a cloned machine does: remove its identity file"
         clones += [replace(p, state=REFUSES, detail=detail) for p, h in group if h.instance != hello.instance]
     return targets, clones
-
-
-def _plan_target(hello: Hello, addresses: tuple[Address, ...], folder: str, taken: set[str]) -> Target:
-    note = ""
-    if not folder:
-        first = addresses[0]
-        plain = name_folder(first.host)
-        names = [plain, f"{plain}-{first.port}"] if first.port != PORT else [plain]
-        folder = next((name for name in names if name not in taken), f"{plain}-{hello.identity[:8]}")
-        if plain in taken:
-            note = f"another node than the one whose copies are in {plain}; its copies go to {folder}"
-        taken.add(folder)
-    return Target(hello, addresses, folder, note)
 
 
 # ---- pull ----
@@ -4064,6 +4065,64 @@ class Got:
     fields: Fields
     chunk: bytes | int = 0  # digest, or a number of chunks of zeros
     length: int = 0
+
+
+def covers(changed: Sequence[tuple[int, int]], length: int, base: int) -> bool:
+    """Tell whether changed stretches and a base of `base` bytes give a chunk of `length` bytes.
+
+    Page hashes alone do not tell: a short last page must not stand for a whole one.
+    """
+    edges = [0, *itertools.chain.from_iterable(changed), length]
+    kept = [(start, end) for start, end in zip(edges[::2], edges[1::2]) if start < end]
+    if any(end > base for _, end in kept):
+        return False
+    return not kept or kept[-1][1] < length or length == base or length % PAGE == 0
+
+
+def slice_runs(runs: Sequence[Run], start: int, end: int) -> list[Run]:
+    """Return the runs of bytes `start` to `end` of what `runs` give."""
+    found, at = [], 0
+    for run in runs:
+        low, high = max(start, at), min(end, at + run.length)
+        if low < high:
+            found.append(Run(run.source, run.offset + low - at, high - low))
+        at += run.length
+    return found
+
+
+def patch_runs(base: Sequence[Run], changed: Sequence[tuple[int, int]], piece: bytes, length: int) -> list[Run]:
+    """Return the runs of a chunk of `length` bytes: those of its base, but for the changed stretches.
+
+    The changed bytes stand joined in the chunk `piece`.  The result names whole chunks only, so
+    that reading never follows a chain of patches.
+    """
+    runs: list[Run] = []
+    at = taken = 0
+    for start, end in [*changed, (length, length)]:
+        runs += slice_runs(base, at, start)
+        if end > start:
+            runs.append(Run(piece, taken, end - start))
+        taken += end - start
+        at = end
+    return runs
+
+
+def needs_whole(runs: Sequence[Run], length: int) -> bool:
+    """Tell whether a patch has become so scattered that the chunk is better written whole."""
+    sizes: dict[bytes, int] = {}
+    for run in runs:
+        sizes[run.source] = sizes.get(run.source, 0) + run.length
+    return len(sizes) > MOST_SOURCES or max(sizes.values()) * 2 < length
+
+
+def patch_data(base: bytes, changed: Sequence[tuple[int, int]], new: bytes | memoryview, length: int) -> bytes:
+    """Return the bytes of a patched chunk."""
+    data = bytearray(base[:length].ljust(length, b"\0"))
+    at = 0
+    for start, end in changed:
+        data[start:end] = new[at : at + end - start]
+        at += end - start
+    return bytes(data)
 
 
 class Receiver:
@@ -4194,64 +4253,6 @@ class Receiver:
             pages[first:last] = new[at : at + last - first]
             at += last - first
         return bytes(pages)
-
-
-def covers(changed: Sequence[tuple[int, int]], length: int, base: int) -> bool:
-    """Tell whether changed stretches and a base of `base` bytes give a chunk of `length` bytes.
-
-    Page hashes alone do not tell: a short last page must not stand for a whole one.
-    """
-    edges = [0, *itertools.chain.from_iterable(changed), length]
-    kept = [(start, end) for start, end in zip(edges[::2], edges[1::2]) if start < end]
-    if any(end > base for _, end in kept):
-        return False
-    return not kept or kept[-1][1] < length or length == base or length % PAGE == 0
-
-
-def patch_runs(base: Sequence[Run], changed: Sequence[tuple[int, int]], piece: bytes, length: int) -> list[Run]:
-    """Return the runs of a chunk of `length` bytes: those of its base, but for the changed stretches.
-
-    The changed bytes stand joined in the chunk `piece`.  The result names whole chunks only, so
-    that reading never follows a chain of patches.
-    """
-    runs: list[Run] = []
-    at = taken = 0
-    for start, end in [*changed, (length, length)]:
-        runs += slice_runs(base, at, start)
-        if end > start:
-            runs.append(Run(piece, taken, end - start))
-        taken += end - start
-        at = end
-    return runs
-
-
-def slice_runs(runs: Sequence[Run], start: int, end: int) -> list[Run]:
-    """Return the runs of bytes `start` to `end` of what `runs` give."""
-    found, at = [], 0
-    for run in runs:
-        low, high = max(start, at), min(end, at + run.length)
-        if low < high:
-            found.append(Run(run.source, run.offset + low - at, high - low))
-        at += run.length
-    return found
-
-
-def needs_whole(runs: Sequence[Run], length: int) -> bool:
-    """Tell whether a patch has become so scattered that the chunk is better written whole."""
-    sizes: dict[bytes, int] = {}
-    for run in runs:
-        sizes[run.source] = sizes.get(run.source, 0) + run.length
-    return len(sizes) > MOST_SOURCES or max(sizes.values()) * 2 < length
-
-
-def patch_data(base: bytes, changed: Sequence[tuple[int, int]], new: bytes | memoryview, length: int) -> bytes:
-    """Return the bytes of a patched chunk."""
-    data = bytearray(base[:length].ljust(length, b"\0"))
-    at = 0
-    for start, end in changed:
-        data[start:end] = new[at : at + end - start]
-        at += end - start
-    return bytes(data)
 
 
 class Tally:
@@ -4687,6 +4688,10 @@ class NodeReport:
     missing: int = 0  # ns since it was seen last, for a known node that is silent
 
 
+MISSING = 3  # exit code: a known node is away for longer than --stale
+NOBODY = 5  # exit code: no node answered
+
+
 @dataclass(frozen=True)
 class SweepReport:
     """What became of all addresses in one sweep."""
@@ -4706,9 +4711,6 @@ class SweepReport:
         return 0 if any(node.state == NODE for node in self.nodes) else NOBODY
 
 
-MISSING = 3  # exit code: a known node is away for longer than --stale
-NOBODY = 5  # exit code: no node answered
-
 AfterPull = Callable[[NodeFolder, Reader, Snapshot], Sequence[Problem]]
 
 
@@ -4718,6 +4720,27 @@ class Events:
 
     report: Callable[[NodeReport], None]
     tick: Callable[[], None]  # some times a second
+
+
+def list_base(intake: Intake, progress: Progress, last: Snapshot | None) -> Iterator[Entry]:
+    """Yield what a new listing is compared with: what the last pull got to, then the last snapshot.
+
+    Damage ends it: what follows counts as new, is sent again, and so mended.
+    """
+    reached = b""
+    try:
+        for entry in itertools.chain(list_entries(intake.reader, progress.blocks), map(Entry.decode, progress.tail)):
+            reached = entry.key
+            yield entry
+    except (StoreError, FormatError) as error:
+        intake.tally.note("", f"the last pull's progress cannot be used: {error}")
+    try:
+        for entry in list_entries(intake.reader, last.blocks if last else ()):
+            if not reached or entry.key > reached:
+                reached = b""
+                yield entry
+    except (StoreError, FormatError) as error:
+        intake.tally.note("", f"the last snapshot cannot be compared with: {error}")
 
 
 class Copier:
@@ -4832,50 +4855,6 @@ class Copier:
         folder.save_known(Known(folder.name, target.hello.identity, name, addresses, first, now))
 
 
-def list_base(intake: Intake, progress: Progress, last: Snapshot | None) -> Iterator[Entry]:
-    """Yield what a new listing is compared with: what the last pull got to, then the last snapshot.
-
-    Damage ends it: what follows counts as new, is sent again, and so mended.
-    """
-    reached = b""
-    try:
-        for entry in itertools.chain(list_entries(intake.reader, progress.blocks), map(Entry.decode, progress.tail)):
-            reached = entry.key
-            yield entry
-    except (StoreError, FormatError) as error:
-        intake.tally.note("", f"the last pull's progress cannot be used: {error}")
-    try:
-        for entry in list_entries(intake.reader, last.blocks if last else ()):
-            if not reached or entry.key > reached:
-                reached = b""
-                yield entry
-    except (StoreError, FormatError) as error:
-        intake.tally.note("", f"the last snapshot cannot be compared with: {error}")
-
-
-def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> SweepReport:
-    """Probe all addresses, copy every node found, each once; up to `jobs` side by side."""
-    wire, store, settings = copier.wire, copier.store, copier.settings
-    started = wire.clock.now()
-    execute_leftovers(plan_leftovers(store))
-    known = store.list_nodes()
-    probes = probe(wire, addresses, settings)
-    expected = {address for node in known for address in node.addresses}
-    again = [found.address for found in probes if found.state == SILENT and str(found.address) in expected]
-    if again:  # a known node is worth a second question
-        second = {found.address: found for found in probe(wire, again, settings)}
-        probes = [second.get(found.address, found) for found in probes]
-    targets, clones = plan_targets(probes, known)
-    missing = report_missing(probes, targets, known, (wire.clock.now(), settings.stale))
-    told = {address for node in missing for address in node.addresses}
-    others = [p for p in probes if not p.hello and (p.state != SILENT or str(p.address) not in told)]
-    nodes = [*missing, *map(report_probe, [*others, *clones])]
-    for report in nodes:
-        events.report(report)
-    nodes += copy_all(copier, targets, events)
-    return SweepReport(started, wire.clock.now(), tuple(nodes), tuple(store.problems))
-
-
 def report_probe(found: Probe) -> NodeReport:
     """Return the report of an address without a node to copy."""
     failed = found.state == REFUSES
@@ -4926,6 +4905,29 @@ def copy_all(copier: Copier, targets: Sequence[Target], events: Events) -> list[
     return reports
 
 
+def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> SweepReport:
+    """Probe all addresses, copy every node found, each once; up to `jobs` side by side."""
+    wire, store, settings = copier.wire, copier.store, copier.settings
+    started = wire.clock.now()
+    execute_leftovers(plan_leftovers(store))
+    known = store.list_nodes()
+    probes = probe(wire, addresses, settings)
+    expected = {address for node in known for address in node.addresses}
+    again = [found.address for found in probes if found.state == SILENT and str(found.address) in expected]
+    if again:  # a known node is worth a second question
+        second = {found.address: found for found in probe(wire, again, settings)}
+        probes = [second.get(found.address, found) for found in probes]
+    targets, clones = plan_targets(probes, known)
+    missing = report_missing(probes, targets, known, (wire.clock.now(), settings.stale))
+    told = {address for node in missing for address in node.addresses}
+    others = [p for p in probes if not p.hello and (p.state != SILENT or str(p.address) not in told)]
+    nodes = [*missing, *map(report_probe, [*others, *clones])]
+    for report in nodes:
+        events.report(report)
+    nodes += copy_all(copier, targets, events)
+    return SweepReport(started, wire.clock.now(), tuple(nodes), tuple(store.problems))
+
+
 # ==== 11. RESTORE: a snapshot back to files ====
 
 PUBLISH_FILES = 4096  # files written under temporary names before they are synced together
@@ -4960,9 +4962,21 @@ def compare_entries(old: Iterator[Entry], new: Iterator[Entry]) -> Iterator[tupl
 def find_entries(entries: Iterable[Entry], paths: Sequence[bytes], above: bool = False) -> Iterator[Entry]:
     """Yield the entries at or below `paths`, all where there are none; with `above` also the folders to them."""
     for entry in entries:
-        path = entry.stat.path if paths else b""
+        try:
+            path = entry.stat.path if paths else b""
+        except FormatError:
+            continue  # not of any path
         if not paths or any(is_at_or_below(path, p) or (above and is_at_or_below(p, path)) for p in paths):
             yield entry
+
+
+def _write_sparse(fd: int, data: bytes, at: int) -> None:
+    view = memoryview(data)
+    for start in range(0, len(data), PAGE):
+        page = view[start : start + PAGE]
+        if page != bytes(len(page)):
+            os.lseek(fd, at + start, os.SEEK_SET)
+            write_all(fd, page)
 
 
 def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> None:
@@ -4970,9 +4984,7 @@ def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> No
     at = 0
     for chunk in list_chunks(reader, content):
         if isinstance(chunk, int):
-            end = min(at + chunk * CHUNK, content.size)
-            _write_zeros(fd, at, end, sparse)
-            at = end
+            at = min(at + chunk * CHUNK, content.size)  # a hole, whatever the file had there
             continue
         data = reader.get(chunk)
         if len(data) != min(CHUNK, content.size - at):
@@ -4986,24 +4998,6 @@ def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> No
     if at != content.size:
         raise StoreError(f"the chunks of the file have {at} bytes, not {content.size}")
     os.ftruncate(fd, content.size)
-
-
-def _write_zeros(fd: int, start: int, end: int, sparse: bool) -> None:
-    if not sparse:
-        os.lseek(fd, start, os.SEEK_SET)
-        while start < end:
-            step = min(CHUNK, end - start)
-            write_all(fd, memoryview(bytes(step)))
-            start += step
-
-
-def _write_sparse(fd: int, data: bytes, at: int) -> None:
-    view = memoryview(data)
-    for start in range(0, len(data), PAGE):
-        page = view[start : start + PAGE]
-        if page != bytes(len(page)):
-            os.lseek(fd, at + start, os.SEEK_SET)
-            write_all(fd, page)
 
 
 def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, fd: int) -> None:
@@ -5028,6 +5022,37 @@ def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, 
         write_all(fd, data)
 
 
+def _exists(folder: int, name: bytes) -> bool:
+    try:
+        os.lstat(name, dir_fd=folder)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _safe_mode(mode: int, owned: bool) -> int:
+    """Return the mode to set: never setuid or setgid for an owner who was not the file's."""
+    return mode if owned else mode & ~(stat_bits.S_ISUID | stat_bits.S_ISGID)
+
+
+@functools.lru_cache(maxsize=1000)
+def _find_number(kind: str, name: str, number: int) -> int:
+    import grp
+    import pwd
+
+    try:
+        return int(pwd.getpwnam(name).pw_uid if kind == "user" else grp.getgrnam(name).gr_gid)
+    except (KeyError, ValueError):  # nobody of this name, or no name
+        return number
+
+
+def find_owner(stat: Stat, numeric: bool) -> tuple[int, int]:
+    """Return the user and group to set: by name where this machine has it, else by number."""
+    if numeric:
+        return stat.uid, stat.gid
+    return _find_number("user", stat.user, stat.uid), _find_number("group", stat.group, stat.gid)
+
+
 class FileWriter:
     """Puts entries below one folder, in their order; a file is complete there or absent."""
 
@@ -5036,6 +5061,7 @@ class FileWriter:
         self.options = options
         self.folders = Folders(root)
         self.problems: list[Problem] = []
+        self.damaged = False  # whether the store is at fault
         self.files = 0  # put
         self.bytes = 0
         self._token = options.token or os.urandom(16).hex()
@@ -5047,22 +5073,27 @@ class FileWriter:
 
     def put(self, entry: Entry, old: Entry | None = None) -> None:
         """Put one entry; `old` is what stands there, where that is known to be so."""
-        stat = entry.stat
-        while self._inside and not is_at_or_below(stat.path, self._inside[-1].path):
+        try:
+            path = entry.stat.path
+        except FormatError as error:
+            self.fail(b"", f"an entry is not as it should be: {error}", damaged=True)
+            return
+        while self._inside and not is_at_or_below(path, self._inside[-1].path):
             self._leave_folder()
         try:
             self._put(entry, old)
         except (StoreError, FormatError) as error:
-            self.fail(stat.path, str(error))
+            self.fail(path, str(error), damaged=True)
         except FileExistsError:
-            self.fail(stat.path, "exists already and is left as it is; see --overwrite")
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self.fail(path, "exists already and is left as it is; see --overwrite")
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self.fail(stat.path, f"cannot be restored: {explain(error)}")
+            self.fail(path, f"cannot be restored: {explain(error) if isinstance(error, OSError) else error}")
 
-    def fail(self, path: bytes, message: str) -> None:
-        """Note what could not be put."""
+    def fail(self, path: bytes, message: str, damaged: bool = False) -> None:
+        """Note what could not be put, and whether that is for damage in the store."""
+        self.damaged |= damaged
         self.problems.append(Problem(show(path), show(message)))
 
     def _put(self, entry: Entry, old: Entry | None) -> None:
@@ -5276,37 +5307,6 @@ class FileWriter:
         self.folders.close()
 
 
-def _exists(folder: int, name: bytes) -> bool:
-    try:
-        os.lstat(name, dir_fd=folder)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _safe_mode(mode: int, owned: bool) -> int:
-    """Return the mode to set: never setuid or setgid for an owner who was not the file's."""
-    return mode if owned else mode & ~(stat_bits.S_ISUID | stat_bits.S_ISGID)
-
-
-@functools.lru_cache(maxsize=1000)
-def _find_number(kind: str, name: str, number: int) -> int:
-    import grp
-    import pwd
-
-    try:
-        return int(pwd.getpwnam(name).pw_uid if kind == "user" else grp.getgrnam(name).gr_gid)
-    except KeyError:
-        return number
-
-
-def find_owner(stat: Stat, numeric: bool) -> tuple[int, int]:
-    """Return the user and group to set: by name where this machine has it, else by number."""
-    if numeric:
-        return stat.uid, stat.gid
-    return _find_number("user", stat.user, stat.uid), _find_number("group", stat.group, stat.gid)
-
-
 def restore_snapshot(
     reader: Reader, snapshot: Snapshot, paths: Sequence[bytes], to: str, options: RestoreOptions
 ) -> FileWriter:
@@ -5319,13 +5319,15 @@ def restore_snapshot(
         options = replace(options, token=f"{snapshot.identity}/{snapshot.folder}/{snapshot.name}")
     writer = FileWriter(reader, os.open(to, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), options)
     missing = set(paths)
+
+    def on_damage(error: BackupError) -> None:
+        writer.fail(b"", f"some entries are lost: {error}", damaged=True)
+
     try:
-        entries = list_entries(
-            reader, snapshot.blocks, lambda error: writer.fail(b"", f"some entries are lost: {error}")
-        )
-        for entry in find_entries(entries, paths, above=True):
-            missing -= {path for path in missing if is_at_or_below(entry.stat.path, path)}
+        for entry in find_entries(list_entries(reader, snapshot.blocks, on_damage), paths, above=True):
             writer.put(entry)
+            if missing:
+                missing -= {path for path in missing if is_at_or_below(entry.stat.path, path)}
         writer.finish()
     finally:
         writer.close()
@@ -5348,6 +5350,39 @@ class LatestState:
 
 
 OLDER_KEPT = 20  # snapshots; beyond them what is left is the user's to remove
+
+
+def _remove_one(folders: Folders, path: bytes, is_folder: bool) -> list[Problem]:
+    try:
+        folder, name = folders.parent(path)
+        if is_folder:
+            os.rmdir(name, dir_fd=folder)
+            folders.forget()  # one of the same name may come
+        else:
+            os.unlink(name, dir_fd=folder)
+    except OSError as error:
+        # Gone, or something else by now: done in an earlier run, or not ours.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
+            return [Problem(show(b"latest/" + path), f"cannot be removed: {explain(error)}")]
+    return []
+
+
+def _looks_equal(left: Entry, right: Entry) -> bool:
+    """Tell whether two entries are the same in `latest`, which knows content, mode, time and target."""
+    if left.line == right.line and left.read == right.read:
+        return True
+    one, two = left.stat, right.stat
+    if (one.kind, one.mode, one.target) != (two.kind, two.mode, two.target):
+        return False
+    if one.kind == "directory":
+        return True
+    same = (left.content.chunks, left.content.lists, left.content.size, left.content.error)
+    return one.mtime == two.mtime and same == (
+        right.content.chunks,
+        right.content.lists,
+        right.content.size,
+        right.content.error,
+    )
 
 
 class Latest:
@@ -5462,39 +5497,6 @@ class Latest:
         while folders:
             problems += _remove_one(writer.folders, folders.pop(), True)
         return problems, unread is not None
-
-
-def _remove_one(folders: Folders, path: bytes, is_folder: bool) -> list[Problem]:
-    try:
-        folder, name = folders.parent(path)
-        if is_folder:
-            os.rmdir(name, dir_fd=folder)
-            folders.forget()  # one of the same name may come
-        else:
-            os.unlink(name, dir_fd=folder)
-    except OSError as error:
-        # Gone, or something else by now: done in an earlier run, or not ours.
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
-            return [Problem(show(b"latest/" + path), f"cannot be removed: {explain(error)}")]
-    return []
-
-
-def _looks_equal(left: Entry, right: Entry) -> bool:
-    """Tell whether two entries are the same in `latest`, which knows content, mode, time and target."""
-    if left.line == right.line and left.read == right.read:
-        return True
-    one, two = left.stat, right.stat
-    if (one.kind, one.mode, one.target) != (two.kind, two.mode, two.target):
-        return False
-    if one.kind == "directory":
-        return True
-    same = (left.content.chunks, left.content.lists, left.content.size, left.content.error)
-    return one.mtime == two.mtime and same == (
-        right.content.chunks,
-        right.content.lists,
-        right.content.size,
-        right.content.error,
-    )
 
 
 # ==== 12. REPORT: records in, text and JSON out ====
@@ -5626,12 +5628,6 @@ def describe_sweep(report: SweepReport) -> dict[str, Any]:
     }
 
 
-def format_mode(stat: Stat) -> str:
-    """Return kind and permissions as `ls -l` shows them."""
-    kinds = {kind: bits for bits, kind in KIND_BITS.items()}
-    return stat_bits.filemode(kinds[stat.kind] | stat.mode)
-
-
 KIND_BITS = {
     stat_bits.S_IFREG: "file",
     stat_bits.S_IFDIR: "directory",
@@ -5641,6 +5637,12 @@ KIND_BITS = {
     stat_bits.S_IFBLK: "block",
     stat_bits.S_IFCHR: "character",
 }
+
+
+def format_mode(stat: Stat) -> str:
+    """Return kind and permissions as `ls -l` shows them."""
+    kinds = {kind: bits for bits, kind in KIND_BITS.items()}
+    return stat_bits.filemode(kinds[stat.kind] | stat.mode)
 
 
 def format_entry(entry: Entry) -> list[str]:
@@ -5985,6 +5987,22 @@ def raise_file_limit() -> None:
 # ---- the commands ----
 
 
+def announce_node(node: Node, output: Output) -> None:
+    """Say what the node serves, and to whom."""
+    settings = node.settings
+    roots, missing = list_roots(settings.files, node.home.base)
+    for pattern in missing:
+        output.warn(f"{show(pattern)} does not exist (yet); it is looked for again at each copy")
+    for root in roots:
+        if os.path.islink(root.real):
+            output.warn(f"{show(root.real)} is a symbolic link: the link alone is copied; name what it points to")
+    who = "any machine, without a key" if settings.insecure else "this machine only"
+    names = ", ".join(show(pattern) for pattern in settings.files)
+    output.say(f"serving {names} at {settings.bind}:{settings.port} to {who}")
+    if settings.insecure:
+        output.warn("--insecure: everyone who can reach this port can read these files")
+
+
 def run_node(args: argparse.Namespace) -> int:
     """Serve this machine's files until stopped."""
     import signal
@@ -6014,46 +6032,30 @@ def run_node(args: argparse.Namespace) -> int:
     return Interrupted.exit_code if signal.SIGINT in caught else 0
 
 
-def announce_node(node: Node, output: Output) -> None:
-    """Say what the node serves, and to whom."""
-    settings = node.settings
-    roots, missing = list_roots(settings.files, node.home.base)
-    for pattern in missing:
-        output.warn(f"{show(pattern)} does not exist (yet); it is looked for again at each copy")
-    for root in roots:
-        if os.path.islink(root.real):
-            output.warn(f"{show(root.real)} is a symbolic link: the link alone is copied; name what it points to")
-    who = "any machine, without a key" if settings.insecure else "this machine only"
-    names = ", ".join(show(pattern) for pattern in settings.files)
-    output.say(f"serving {names} at {settings.bind}:{settings.port} to {who}")
-    if settings.insecure:
-        output.warn("--insecure: everyone who can reach this port can read these files")
+def make_after_pull(settings: ServerSettings) -> AfterPull:
+    """Return what is done with each new snapshot."""
+    if settings.latest:
+        return lambda folder, reader, snapshot: Latest(folder, reader).update(snapshot)
+    return lambda folder, reader, snapshot: ()
 
 
-def run_server(args: argparse.Namespace) -> int:
-    """Sweep once, or again and again."""
-    import signal
+def tell_node(report: NodeReport, output: Output) -> None:
+    """Print what became of a node; of other addresses only what is amiss."""
+    if report.state == STRANGER or (report.state == SILENT and not report.folder and not report.error):
+        return  # told in one line at the end
+    say = output.warn if report.exit_code and not output.json else output.say
+    for line in format_node(report):
+        say(line)
 
-    clock = make_clock()
-    output = Output(args, clock)
-    addresses = list_addresses(args)
-    load_zmq()  # before a store is made for nothing
-    settings = ServerSettings(**{name: getattr(args, name) for name in vars(ServerSettings())})
-    raise_file_limit()
-    stop = threading.Event()
-    code = 0
-    with stopping(stop) as caught:
-        while not stop.is_set():
-            started = clock.monotonic()
-            code = sweep_once(addresses, settings, (clock, stop), output)
-            if args.once:
-                break
-            # Not stop.wait: a signal's handler that sets it could find it locked by this very thread.
-            while not stop.is_set() and clock.monotonic() < started + args.every:
-                clock.sleep(min(0.2, max(0.0, started + args.every - clock.monotonic())))
-    if not caught:
-        return code
-    return 0 if signal.SIGTERM in caught and not args.once else Interrupted.exit_code
+
+def tell_sweep(report: SweepReport, output: Output) -> None:
+    """Print the end of a sweep."""
+    if output.json:
+        print(json.dumps(describe_sweep(report)), flush=True)
+    if report.exit_code == NOBODY:
+        output.warn("zbackup: no node answered; is `zbackup.pyz node` running there, and the port open?")
+    for line in format_sweep(report):
+        (output.warn if line.startswith("the store: ") else output.say)(line)
 
 
 def sweep_once(
@@ -6084,52 +6086,30 @@ def sweep_once(
         store.close()
 
 
-def make_after_pull(settings: ServerSettings) -> AfterPull:
-    """Return what is done with each new snapshot."""
-    if settings.latest:
-        return lambda folder, reader, snapshot: Latest(folder, reader).update(snapshot)
-    return lambda folder, reader, snapshot: ()
+def run_server(args: argparse.Namespace) -> int:
+    """Sweep once, or again and again."""
+    import signal
 
-
-def tell_node(report: NodeReport, output: Output) -> None:
-    """Print what became of a node; of other addresses only what is amiss."""
-    if report.state == STRANGER or (report.state == SILENT and not report.folder and not report.error):
-        return  # told in one line at the end
-    say = output.warn if report.exit_code and not output.json else output.say
-    for line in format_node(report):
-        say(line)
-
-
-def tell_sweep(report: SweepReport, output: Output) -> None:
-    """Print the end of a sweep."""
-    if output.json:
-        print(json.dumps(describe_sweep(report)), flush=True)
-    if report.exit_code == NOBODY:
-        output.warn("zbackup: no node answered; is `zbackup.pyz node` running there, and the port open?")
-    for line in format_sweep(report):
-        (output.warn if line.startswith("the store: ") else output.say)(line)
-
-
-def run_list(args: argparse.Namespace) -> int:
-    """List nodes, a node's snapshots, the versions of a path, or the entries of a snapshot."""
     clock = make_clock()
-    with contextlib.closing(open_store(args.store)) as store:
-        if args.node is None:
-            rows = list_nodes(store)
-        else:
-            folder = find_node(store, args.node)
-            if args.at is not None:
-                rows = list_snapshot(store, find_snapshot(folder, args.at, clock.now()), clean_path(args.path or ""))
-            elif args.path is not None:
-                rows = list_versions(store, folder, clean_path(args.path))
-            else:
-                rows = list_snapshots(folder)
-        if args.json:
-            print(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
-        else:
-            for line in format_table(rows):
-                print(line)
-        return tell_damage(store)
+    output = Output(args, clock)
+    addresses = list_addresses(args)
+    load_zmq()  # before a store is made for nothing
+    settings = ServerSettings(**{name: getattr(args, name) for name in vars(ServerSettings())})
+    raise_file_limit()
+    stop = threading.Event()
+    code = 0
+    with stopping(stop) as caught:
+        while not stop.is_set():
+            started = clock.monotonic()
+            code = sweep_once(addresses, settings, (clock, stop), output)
+            if args.once:
+                break
+            # Not stop.wait: a signal's handler that sets it could find it locked by this very thread.
+            while not stop.is_set() and clock.monotonic() < started + args.every:
+                clock.sleep(min(0.2, max(0.0, started + args.every - clock.monotonic())))
+    if not caught:
+        return code
+    return 0 if signal.SIGTERM in caught and not args.once else Interrupted.exit_code
 
 
 def tell_damage(store: Store) -> int:
@@ -6214,6 +6194,28 @@ def list_versions(store: Store, folder: NodeFolder, path: bytes) -> list[list[st
     return rows
 
 
+def run_list(args: argparse.Namespace) -> int:
+    """List nodes, a node's snapshots, the versions of a path, or the entries of a snapshot."""
+    clock = make_clock()
+    with contextlib.closing(open_store(args.store)) as store:
+        if args.node is None:
+            rows = list_nodes(store)
+        else:
+            folder = find_node(store, args.node)
+            if args.at is not None:
+                rows = list_snapshot(store, find_snapshot(folder, args.at, clock.now()), clean_path(args.path or ""))
+            elif args.path is not None:
+                rows = list_versions(store, folder, clean_path(args.path))
+            else:
+                rows = list_snapshots(folder)
+        if args.json:
+            print(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
+        else:
+            for line in format_table(rows):
+                print(line)
+        return tell_damage(store)
+
+
 def run_restore(args: argparse.Namespace) -> int:
     """Restore files."""
     options = RestoreOptions(overwrite=args.overwrite, numeric=args.numeric_ids)
@@ -6221,7 +6223,8 @@ def run_restore(args: argparse.Namespace) -> int:
         snapshot = find_snapshot(find_node(store, args.node), args.at, make_clock().now())
         reader = store.reader()
         try:
-            done = restore_snapshot(reader, snapshot, [p for p in map(clean_path, args.path) if p], args.to, options)
+            paths = [clean_path(path) for path in args.path]
+            done = restore_snapshot(reader, snapshot, [] if b"" in paths else paths, args.to, options)
         except OSError as error:
             raise RestoreError(f"{show(args.to)}: {explain(error)}") from None
         finally:
@@ -6236,7 +6239,20 @@ def run_restore(args: argparse.Namespace) -> int:
             print(f"restored {what} as of {format_time(snapshot.started)} to {show(args.to)}")
         if not snapshot.good:
             print(f"zbackup: this snapshot is {snapshot.grade}; see `list {snapshot.folder}`", file=sys.stderr)
-        return tell_damage(store) or (BackupError.exit_code if done.problems else 0)
+        code = StoreError.exit_code if done.damaged else BackupError.exit_code if done.problems else 0
+        return tell_damage(store) or code
+
+
+def write_stream(reader: Reader, content: Content, stream: BinaryIO) -> None:
+    """Write a file's content to a stream that cannot seek."""
+    left = content.size
+    for chunk in list_chunks(reader, content):
+        for data in (bytes(CHUNK) for _ in range(chunk)) if isinstance(chunk, int) else (reader.get(chunk),):
+            stream.write(data[:left])
+            left -= len(data[:left])
+    stream.flush()
+    if left:
+        raise StoreError(f"the chunks of the file are {left} bytes too short")
 
 
 def run_cat(args: argparse.Namespace) -> int:
@@ -6256,18 +6272,6 @@ def run_cat(args: argparse.Namespace) -> int:
         finally:
             reader.close()
         return tell_damage(store)
-
-
-def write_stream(reader: Reader, content: Content, stream: BinaryIO) -> None:
-    """Write a file's content to a stream that cannot seek."""
-    left = content.size
-    for chunk in list_chunks(reader, content):
-        for data in (bytes(CHUNK) for _ in range(chunk)) if isinstance(chunk, int) else (reader.get(chunk),):
-            stream.write(data[:left])
-            left -= len(data[:left])
-    stream.flush()
-    if left:
-        raise StoreError(f"the chunks of the file are {left} bytes too short")
 
 
 # ---- flags ----
@@ -6350,6 +6354,11 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
     add_values(parser.add_argument_group("limits, rarely changed"), limits)
 
 
+def add_store_flag(parser: argparse.ArgumentParser) -> None:
+    """Add --store, which every command of the server's side has."""
+    parser.add_argument("--store", default=STORE, metavar="DIR", help="the folder of the backups (default %(default)s)")
+
+
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `server`."""
     numbers = "last parts of the addresses: 9, 9-12 or 9,12,20-30"
@@ -6389,11 +6398,6 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         ("--pack-chunks", parse_count, PACK_CHUNKS, "chunks in a pack file at most"),
     ]
     add_values(parser.add_argument_group("limits, rarely changed"), limits)
-
-
-def add_store_flag(parser: argparse.ArgumentParser) -> None:
-    """Add --store, which every command of the server's side has."""
-    parser.add_argument("--store", default=STORE, metavar="DIR", help="the folder of the backups (default %(default)s)")
 
 
 WHEN_HELP = "latest, a snapshot's name, a date, 'date time', or how long ago: 3d"

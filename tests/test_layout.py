@@ -221,7 +221,6 @@ def is_below(order: list[str], one: str, other: str) -> bool:
     return order.index(one) > order.index(other)
 
 
-@pytest.mark.xfail(strict=True, reason="inside a chapter, 70 uses stand above the helper that they name")
 def test_names_used_below_their_definition() -> None:
     assert find_upward(SOURCE) == []
 

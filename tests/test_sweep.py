@@ -734,7 +734,7 @@ FIRST: dict[str, tuple[dict[str, Callable[..., Answer]], str]] = {
     "silence after OPEN": ({"LIST": lambda *_: None}, "did not answer within 1 s"),
     "silence at READ": ({"READ": lambda *_: None}, "did not answer within 1 s"),
     "wrong digest": ({"READ": one_item("whole", b"h0nest")}, "do not have the digest"),
-    "short": ({"READ": one_item("whole", b"hone")}, "do not have the digest"),
+    "short": ({"READ": one_item("whole", b"hone")}, "fewer bytes than its answer"),
     "same without base": ({"READ": one_item("same")}, "called a chunk the same"),
     "patch without base": ({"READ": one_item("patch", b"x", runs=[[0, 1]])}, "a patch for a chunk that we did not"),
     "bomb in LIST": ({"LIST": lambda *_: BOMB}, "longer than its 1048576 bytes"),
