@@ -5053,6 +5053,62 @@ def find_owner(stat: Stat, numeric: bool) -> tuple[int, int]:
     return _find_number("user", stat.user, stat.uid), _find_number("group", stat.group, stat.gid)
 
 
+class Attributes:
+    """Sets what a path has beside its content; counts what could not be set."""
+
+    def __init__(self, options: RestoreOptions) -> None:
+        self.options = options
+        self.unset: dict[str, int] = {}  # what, and of how many paths
+
+    def set_file(self, fd: int, stat: Stat, content: Content) -> None:
+        """Set those of an open file."""
+        if self.options.private:
+            os.fchmod(fd, stat.mode & 0o700 | 0o400)
+            os.utime(fd, ns=(stat.mtime, stat.mtime))
+        else:
+            self._set_open(fd, stat, content.xattrs)
+
+    def set_folder(self, fd: int, stat: Stat) -> None:
+        """Set those of an open folder, after all in it is at its place."""
+        self._set_open(fd, stat, stat.xattrs)
+
+    def _set_open(self, fd: int, stat: Stat, xattrs: Mapping[str, str]) -> None:
+        owned = self._set_owner(stat, lambda u, g: os.fchown(fd, u, g))
+        self._set_xattrs(fd, xattrs)
+        os.fchmod(fd, _safe_mode(stat.mode, owned))
+        os.utime(fd, ns=(stat.mtime, stat.mtime))
+
+    def set_other(self, folder: int, name: bytes, stat: Stat) -> None:
+        """Set those of a symlink, fifo or device, which are not opened."""
+        if not self.options.private:
+            owned = self._set_owner(stat, lambda u, g: os.chown(name, u, g, dir_fd=folder, follow_symlinks=False))
+            if stat.kind != "symlink":
+                os.chmod(name, _safe_mode(stat.mode, owned), dir_fd=folder)
+            self._set_xattrs(name_in(folder, name), stat.xattrs, follow=stat.kind != "symlink")
+        os.utime(name, ns=(stat.mtime, stat.mtime), dir_fd=folder, follow_symlinks=False)
+
+    def _set_owner(self, stat: Stat, set_owner: Callable[[int, int], None]) -> bool:
+        uid, gid = find_owner(stat, self.options.numeric)
+        try:
+            set_owner(uid, gid)
+        except OSError:
+            if (uid, gid) == (os.geteuid(), os.getegid()):
+                return True
+            self._count("owner")
+            return False
+        return True
+
+    def _set_xattrs(self, target: int | str, xattrs: Mapping[str, str], follow: bool = True) -> None:
+        for name, value in xattrs.items():
+            try:
+                os.setxattr(target, name, base64.b64decode(value), follow_symlinks=follow)
+            except (OSError, AttributeError, ValueError):  # also of base64 and of characters
+                self._count(f"extended attribute {show(name)}")
+
+    def _count(self, what: str) -> None:
+        self.unset[what] = self.unset.get(what, 0) + 1
+
+
 class FileWriter:
     """Puts entries below one folder, in their order; a file is complete there or absent."""
 
@@ -5069,7 +5125,7 @@ class FileWriter:
         self._due_bytes = 0
         self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
         self._links = LinkTable()
-        self._unset: dict[str, int] = {}  # what could not be set, and on how many files
+        self._attributes = Attributes(options)
 
     def put(self, entry: Entry, old: Entry | None = None) -> None:
         """Put one entry; `old` is what stands there, where that is known to be so."""
@@ -5140,12 +5196,7 @@ class FileWriter:
         else:
             kind = stat_bits.S_IFBLK if stat.kind == "block" else stat_bits.S_IFCHR
             os.mknod(temporary, kind | 0o600, stat.rdev, dir_fd=folder)
-        if not self.options.private:
-            owned = self._set_owner(stat, lambda u, g: os.chown(temporary, u, g, dir_fd=folder, follow_symlinks=False))
-            if stat.kind != "symlink":
-                os.chmod(temporary, _safe_mode(stat.mode, owned), dir_fd=folder)
-            self._set_xattrs(name_in(folder, temporary), stat.xattrs, stat.kind != "symlink")
-        os.utime(temporary, ns=(stat.mtime, stat.mtime), dir_fd=folder, follow_symlinks=False)
+        self._attributes.set_other(folder, temporary, stat)
 
     def _link(self, stat: Stat, read: bytes, temporary: bytes) -> bool:
         """Make another name of a file put before; False where there is none, or of another content."""
@@ -5180,7 +5231,7 @@ class FileWriter:
             finally:
                 if base >= 0:
                     os.close(base)
-            self._set_file(fd, stat, content)
+            self._attributes.set_file(fd, stat, content)
         finally:
             os.close(fd)
 
@@ -5202,38 +5253,6 @@ class FileWriter:
         os.close(fd)
         return -1
 
-    # -- what a path has beside its content --
-
-    def _set_file(self, fd: int, stat: Stat, content: Content) -> None:
-        if self.options.private:
-            os.fchmod(fd, stat.mode & 0o700 | 0o400)
-        else:
-            owned = self._set_owner(stat, lambda u, g: os.fchown(fd, u, g))
-            self._set_xattrs(fd, content.xattrs)
-            os.fchmod(fd, _safe_mode(stat.mode, owned))
-        os.utime(fd, ns=(stat.mtime, stat.mtime))
-
-    def _set_owner(self, stat: Stat, set_owner: Callable[[int, int], None]) -> bool:
-        uid, gid = find_owner(stat, self.options.numeric)
-        try:
-            set_owner(uid, gid)
-        except OSError:
-            if (uid, gid) == (os.geteuid(), os.getegid()):
-                return True
-            self._count_unset("owner")
-            return False
-        return True
-
-    def _set_xattrs(self, target: int | str, xattrs: Mapping[str, str], follow: bool = True) -> None:
-        for name, value in xattrs.items():
-            try:
-                os.setxattr(target, name, base64.b64decode(value), follow_symlinks=follow)
-            except (OSError, AttributeError, ValueError):  # also of base64 and of characters
-                self._count_unset(f"extended attribute {show(name)}")
-
-    def _count_unset(self, what: str) -> None:
-        self._unset[what] = self._unset.get(what, 0) + 1
-
     def _put_folder(self, stat: Stat) -> None:
         folder, name = self.folders.parent(stat.path, create=True)
         existed = _exists(folder, name)
@@ -5244,13 +5263,6 @@ class FileWriter:
     def _leave_folder(self) -> None:
         stat = self._inside.pop()
         self._publish_later(stat.path, b"", 0, stat)
-
-    def _set_folder(self, stat: Stat) -> None:
-        fd = self.folders.open(stat.path)
-        owned = self._set_owner(stat, lambda u, g: os.fchown(fd, u, g))
-        self._set_xattrs(fd, stat.xattrs)
-        os.fchmod(fd, _safe_mode(stat.mode, owned))
-        os.utime(fd, ns=(stat.mtime, stat.mtime))
 
     # -- names --
 
@@ -5269,7 +5281,7 @@ class FileWriter:
         for path, temporary, stat in due:
             try:
                 if stat:
-                    self._set_folder(stat)
+                    self._attributes.set_folder(self.folders.open(stat.path), stat)
                 else:
                     self._publish(path, temporary)
             except OSError as error:
@@ -5292,7 +5304,7 @@ class FileWriter:
             self._leave_folder()
         self.sync()
         sync_filesystem(self.folders.root)
-        for what, count in self._unset.items():
+        for what, count in self._attributes.unset.items():
             sentence = f"{what} of {count} paths could not be set, for want of rights or of support"
             self.problems.append(Problem("", sentence))
 
