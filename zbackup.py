@@ -4837,11 +4837,12 @@ class Copier:
         return folder.save_snapshot(whole)
 
     def _save_part(self, intake: Intake, folder: NodeFolder, snapshot: Snapshot) -> Snapshot | None:
-        """Keep what arrived of a pull that was cut off; None where nothing did."""
-        if not intake.tally.counts["changed"] and not intake.writer.added:
-            return None
+        """Keep what arrived of a pull that was cut off; no snapshot where no new file is complete."""
         blocks = intake.blocks.close()
-        intake.seal()
+        if blocks or intake.writer.added:
+            intake.seal()
+        if not intake.tally.counts["changed"]:
+            return None
         return self._save(intake, folder, replace(snapshot, blocks=blocks))
 
     def _save_known(self, target: Target, folder: NodeFolder) -> None:
@@ -6331,6 +6332,13 @@ def add_switches(parser: Any, rows: Iterable[tuple[str, str]]) -> None:
         parser.add_argument(name, *short, action="store_true", help=words)
 
 
+COMMON_LIMITS: list[tuple[str, Callable[[str], Any], Any, str]] = [  # of both roles
+    ("--level", parse_level, LEVEL, "compression level of zstd or zlib"),
+    ("--heartbeat", parse_span, HEARTBEAT, "pause between the pings that find a dead peer"),
+]
+LOG_FILE = ("--log-file", "FILE", "append all messages, with their times, to a file")
+
+
 def add_node_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `node`."""
     files = f"a file, folder or 'glob' to serve; repeatable (default {FILE})"
@@ -6345,7 +6353,7 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
         ("--before", "CMD", "shell command run before each copy; if it fails, so does the copy"),
         ("--after", "CMD", "shell command run after each copy, also after one that failed"),
         ("--state", "DIR", "where the identity and frozen copies are kept (default ~/.local/state/zbackup)"),
-        ("--log-file", "FILE", "append all messages, with their times, to a file"),
+        LOG_FILE,
     ]
     add_words(parser, words)
     switches = [
@@ -6355,8 +6363,7 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
     ]
     add_switches(parser, switches)
     limits = [
-        ("--level", parse_level, LEVEL, "compression level of zstd or zlib"),
-        ("--heartbeat", parse_span, HEARTBEAT, "pause between the pings that find a dead peer"),
+        *COMMON_LIMITS,
         ("--margin", parse_span, MARGIN, "files younger than this are read again next time, whatever their times say"),
         ("--sessions", parse_count, SESSIONS, "servers served at once"),
         ("--session-timeout", parse_span, SESSION_TIMEOUT, "a server that asks nothing for so long is gone"),
@@ -6396,10 +6403,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_switches(parser, switches)
     no_latest = "keep no plain files of the newest version beside the packs"
     parser.add_argument("--no-latest", dest="latest", action="store_false", help=no_latest)
-    add_words(parser, [("--log-file", "FILE", "append all messages, with their times, to a file")])
+    add_words(parser, [LOG_FILE])
     limits = [
-        ("--level", parse_level, LEVEL, "compression level of zstd or zlib"),
-        ("--heartbeat", parse_span, HEARTBEAT, "pause between the pings that find a dead peer"),
+        *COMMON_LIMITS,
         ("--window", parse_size, WINDOW, "bytes asked of a node and not yet received"),
         ("--tries", parse_count, TRIES, "readings of a file that keeps changing"),
         ("--pause", parse_span, PAUSE, "pause before the second reading, then doubled"),
