@@ -4722,25 +4722,25 @@ class Events:
     tick: Callable[[], None]  # some times a second
 
 
-def list_base(intake: Intake, progress: Progress, last: Snapshot | None) -> Iterator[Entry]:
+def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problems: list[str]) -> Iterator[Entry]:
     """Yield what a new listing is compared with: what the last pull got to, then the last snapshot.
 
-    Damage ends it: what follows counts as new, is sent again, and so mended.
+    What is damaged is noted and left out: it counts as new, is sent again, and so mended.
     """
+
+    def on_damage(error: BackupError) -> None:
+        note_once(problems, f"entries of the last snapshot are lost, and read anew: {error}")
+
     reached = b""
-    try:
-        for entry in itertools.chain(list_entries(intake.reader, progress.blocks), map(Entry.decode, progress.tail)):
+    with contextlib.suppress(FormatError):
+        before = list_entries(reader, progress.blocks, on_damage)
+        for entry in itertools.chain(before, map(Entry.decode, progress.tail)):
             reached = entry.key
             yield entry
-    except (StoreError, FormatError) as error:
-        intake.tally.note("", f"the last pull's progress cannot be used: {error}")
-    try:
-        for entry in list_entries(intake.reader, last.blocks if last else ()):
-            if not reached or entry.key > reached:
-                reached = b""
-                yield entry
-    except (StoreError, FormatError) as error:
-        intake.tally.note("", f"the last snapshot cannot be compared with: {error}")
+    for entry in list_entries(reader, last.blocks if last else (), on_damage):
+        if not reached or entry.key > reached:
+            reached = b""
+            yield entry
 
 
 class Copier:
@@ -4803,7 +4803,7 @@ class Copier:
         progress = folder.load_progress()
         intake.on_seal = folder.save_progress
         last = next((snapshot for snapshot in folder.newest() if not snapshot.cut_off), None)
-        base = Base(list_present(intake.reader, list_base(intake, progress, last)))
+        base = Base(list_present(intake.reader, list_base(intake.reader, progress, last, self.store.problems)))
         pull = Pull(intake, progress.current)
         try:
             roots, missing = pull.open(self.store.identity)

@@ -609,9 +609,9 @@ def test_progress_that_is_damaged(calm: World) -> None:
     progress.write_text("{]")
     assert pull(calm)["changed"] == 0
     progress.write_text(json.dumps({"format": 1, "blocks": ["00" * 32], "tail": [], "current": ""}))
-    report = pull(calm, code=1)
-    assert report["grade"] == "stable"
-    assert "progress cannot be used" in report["problems"][0]["message"]
+    report = calm.sweep(code=4)
+    assert report["nodes"][0]["snapshot"]["grade"] == "stable"
+    assert "entries of the last snapshot are lost" in report["problems"][0]
     assert not progress.exists() and pull(calm)["problems"] == []
 
 
@@ -621,10 +621,12 @@ def test_lost_pack_is_sent_again(calm: World) -> None:
     pull(calm)
     for path in find_packs(calm):
         path.unlink()
-    report = pull(calm, code=None)
-    assert report["sent"] > 3 * MIB and report["grade"] == "stable"
-    assert "last snapshot cannot be compared with" in report["problems"][0]["message"]
+    report = calm.sweep(code=4)
+    snapshot = report["nodes"][0]["snapshot"]
+    assert snapshot["sent"] > 3 * MIB and snapshot["grade"] == "stable"
+    assert "is lost" in report["problems"][0] and "entries of the last snapshot are lost" in report["problems"][-1]
     check_restored(calm)
+    assert calm.sweep()["problems"] == []
 
 
 def test_lost_pack_of_one_file_is_mended(calm: World) -> None:
