@@ -1723,8 +1723,8 @@ INCOMING = "incoming-"  # prefix of a pack in the making
 INDEX_VERSION = 1  # PRAGMA user_version of index.sqlite; another one is rebuilt
 INDEX_SCHEMA = """
 CREATE TABLE packs (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
-CREATE TABLE chunks (digest BLOB PRIMARY KEY, pack INTEGER NOT NULL, record INTEGER NOT NULL,
-    place INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE chunks (digest BLOB NOT NULL, pack INTEGER NOT NULL, record INTEGER NOT NULL,
+    place INTEGER NOT NULL, PRIMARY KEY (digest, pack)) WITHOUT ROWID;
 """
 
 
@@ -1807,7 +1807,7 @@ class Index:
             if cursor.rowcount:
                 pack = cursor.lastrowid
                 self._connection.executemany(
-                    "INSERT OR REPLACE INTO chunks VALUES (?, ?, ?, ?)",  # the newer one mends the older
+                    "INSERT OR IGNORE INTO chunks VALUES (?, ?, ?, ?)",
                     ((digest, pack, record, place) for digest, record, place in rows),
                 )
         if pack is not None:
@@ -1831,18 +1831,26 @@ class Index:
         self._connection.execute("COMMIT")
 
     def find(self, digests: Sequence[bytes]) -> dict[bytes, Place]:
-        """Return the places of those digests that some pack holds."""
-        found = {}
+        """Return a place for each of those digests that some pack holds."""
+        return {digest: places[0] for digest, places in self.find_all(digests).items()}
+
+    def find_all(self, digests: Sequence[bytes]) -> dict[bytes, list[Place]]:
+        """Return all places of each of those digests that some pack holds, the newest pack's first.
+
+        Several packs hold one digest after pulls side by side, or when damage was mended.
+        """
+        found: dict[bytes, list[Place]] = {}
         for start in range(0, len(digests), 500):
             group = digests[start : start + 500]
             marks = ",".join("?" * len(group))
+            select = f"SELECT * FROM chunks WHERE digest IN ({marks}) ORDER BY digest, pack DESC"
             with self._locked():
-                rows = self._connection.execute(f"SELECT * FROM chunks WHERE digest IN ({marks})", group).fetchall()
+                rows = self._connection.execute(select, group).fetchall()
             if any(row[1] not in self._names for row in rows):
                 self.list_packs()  # another process added packs
             for digest, pack, record, place in rows:
                 if pack in self._names:
-                    found[digest] = Place(self._names[pack], record, place)
+                    found.setdefault(digest, []).append(Place(self._names[pack], record, place))
         return found
 
     def close(self) -> None:
@@ -2066,13 +2074,26 @@ class Reader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def find(self, digest: bytes) -> Place:
-        """Return the place of a digest; MissingChunk where there is none."""
+    def find(self, digest: bytes) -> list[Place]:
+        """Return the places of a digest, the most trusted first; MissingChunk where there is none."""
         place = self.open_pack.find(digest) if self.open_pack else None
-        place = place or self.index.find([digest]).get(digest)
-        if place is None:
+        places = ([place] if place else []) + self.index.find_all([digest]).get(digest, [])
+        if not places:
             raise MissingChunk(f"the store has no chunk {digest.hex()}; a pack is lost")
-        return place
+        return places
+
+    def _first(self, digest: bytes, read: Callable[[Place, bytes], Any]) -> Any:
+        """Return what `read` makes of the first place of a digest that is not damaged."""
+        places = self.find(digest)
+        for number, place in enumerate(places, 1):
+            try:
+                with self._naming(place):
+                    self._check_row(self.record(place), place, digest)
+                    return read(place, digest)
+            except StoreError:
+                if number == len(places):
+                    raise
+        raise AssertionError("a digest without a place")
 
     def _file(self, name: str) -> int:
         if not name and self.open_pack:
@@ -2122,33 +2143,30 @@ class Reader:
 
     def runs(self, digest: bytes) -> tuple[Run, ...]:
         """Return the runs of whole chunks that a chunk consists of."""
-        place = self.find(digest)
-        with self._naming(place):
-            record = self.record(place)
-            self._check_row(record, place, digest)
-            if record.kind == FRAME:
-                return (Run(digest, 0, record.rows[place.place][1]),)
-            return decode_patch(bytes(self._row(place)[1]))
+        found: tuple[Run, ...] = self._first(digest, self._read_runs)
+        return found
+
+    def _read_runs(self, place: Place, digest: bytes) -> tuple[Run, ...]:
+        record, data = self._row(place)
+        return (Run(digest, 0, len(data)),) if record.kind == FRAME else decode_patch(bytes(data))
 
     def get(self, digest: bytes) -> bytes:
         """Return a chunk, checked; StoreError naming the pack where it is not what it was (I5)."""
         try:
-            return self._get(digest)
+            chunk: bytes = self._first(digest, self._read_chunk)
         except StoreError:
             self.distrusted.add(digest)
             raise
+        return chunk
 
-    def _get(self, digest: bytes) -> bytes:
-        place = self.find(digest)
-        with self._naming(place):
-            record, data = self._row(place)
-            self._check_row(record, place, digest)
-            runs = () if record.kind == FRAME else decode_patch(bytes(data))
-            chunk = self._assemble(runs) if runs else bytes(data)
-            if digest_pages(hash_pages(chunk)) != digest:
-                for run in runs:
-                    self.get(run.source)  # raises where the damage is in what the patch draws from
-                raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
+    def _read_chunk(self, place: Place, digest: bytes) -> bytes:
+        record, data = self._row(place)
+        runs = () if record.kind == FRAME else decode_patch(bytes(data))
+        chunk = self._assemble(runs, self._whole) if runs else bytes(data)
+        if runs and digest_pages(hash_pages(chunk)) != digest:
+            chunk = self._assemble(runs, self.get)  # each source checked: tells where the damage is
+        if digest_pages(hash_pages(chunk)) != digest:
+            raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
         return chunk
 
     def _check_row(self, record: Record, place: Place, digest: bytes) -> None:
@@ -2166,33 +2184,45 @@ class Reader:
         except OSError as error:
             raise StoreError(f"pack {place.pack} cannot be read: {explain(error)}") from None
 
-    def _assemble(self, runs: Sequence[Run]) -> bytes:
+    def _assemble(self, runs: Sequence[Run], read: Callable[[bytes], bytes | memoryview]) -> bytes:
         parts = []
         for run in runs:
             try:
-                source = self.find(run.source)
+                data = read(run.source)
             except MissingChunk:
                 raise FormatError("a patch names a chunk that no pack holds") from None
-            with self._naming(source):
-                record, data = self._row(source)
-            if record.kind != FRAME or run.offset + run.length > len(data):
+            if run.offset + run.length > len(data):
                 raise FormatError("a patch names bytes that its source has not")
             parts.append(data[run.offset : run.offset + run.length])
         return b"".join(parts)
+
+    def _whole(self, digest: bytes) -> memoryview:
+        """Return a chunk that is kept whole, not checked."""
+        found: memoryview = self._first(digest, self._read_whole)
+        return found
+
+    def _read_whole(self, place: Place, digest: bytes) -> memoryview:
+        record, data = self._row(place)
+        if record.kind != FRAME:
+            raise FormatError(f"chunk {digest.hex()}, which a patch draws from, is a patch itself")
+        return data
 
     def pages(self, digest: bytes) -> bytes:
         """Return the page hashes of a chunk, without reading its content where they are stored."""
         parts = []
         for run in self.runs(digest):
-            place = self.find(run.source)
-            with self._naming(place):
-                record = self.record(place)
-            if record.kind != FRAME or run.offset % PAGE:
+            if run.offset % PAGE:
                 break  # not made of pages: the digest tells
             start, end = run.offset // PAGE, count_pages(run.offset + run.length)
-            parts.append(record.pages(place.place)[start * PAGE_HASH : end * PAGE_HASH])
+            parts.append(self._first(run.source, self._read_pages)[start * PAGE_HASH : end * PAGE_HASH])
         pages = b"".join(parts)
         return pages if digest_pages(pages) == digest else hash_pages(self.get(digest))
+
+    def _read_pages(self, place: Place, digest: bytes) -> bytes:
+        record = self.record(place)
+        if record.kind != FRAME:
+            raise FormatError(f"chunk {digest.hex()}, which a patch draws from, is a patch itself")
+        return record.pages(place.place)
 
 
 # ---- entries in blocks, chunks in lists ----
@@ -2380,7 +2410,11 @@ class ChunkTable:
         span, place = divmod(number, LIST_SPAN)
         if span != self._span:
             self._span, self._chunks = span, []
-            for chunk in self._load(span):
+            try:
+                chunks = self._load(span)
+            except (StoreError, FormatError):
+                chunks = ()  # a lost list: then nothing is known, and all is sent
+            for chunk in chunks:
                 self._chunks.extend([None] * chunk if isinstance(chunk, int) else [chunk])
         return self._chunks[place] if place < len(self._chunks) else None
 
@@ -2468,8 +2502,10 @@ class NodeFolder:
         found = []
         for entry in os.scandir(self.snapshots):
             if entry.name.endswith(".json") and not entry.name.startswith("."):
-                with open(entry.path, "rb") as file:
-                    sequence = re.search(rb'"sequence": (\d+)', file.read(200))
+                head = b""
+                with contextlib.suppress(OSError), open(entry.path, "rb") as file:
+                    head = file.read(200)
+                sequence = re.search(rb'"sequence": (\d+)', head)
                 found.append((int(sequence[1]) if sequence else 0, entry.name[:-5]))
         for _, name in sorted(found, reverse=True):
             try:
@@ -3268,6 +3304,10 @@ def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
             if "readonly" not in str(error) and "unable to open" not in str(error):
                 raise
             recover_database(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENOENT) or not os.path.exists(source):
+                raise
+            continue  # its log came or went meanwhile
         if way != IMMUTABLE or before == stat_database(source):
             return check_database(target)
     raise OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
@@ -3440,8 +3480,17 @@ class Files:
             return self._read(ask, handle)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE):
-                return {"status": "gone"}, []
+                # Still there where it was replaced, or where the log of a database went away.
+                return {"status": "later" if self._is_there(ask.path) else "gone"}, []
             return {"status": "error", "error": explain(error)}, []
+
+    def _is_there(self, path: bytes) -> bool:
+        try:
+            self.source.check(path)
+            stat = self.source.look(path)
+        except OSError:
+            return False
+        return stat is not None and stat.kind == "file"
 
     def _read(self, ask: Ask, handle: Handle) -> tuple[dict[str, Any], list[memoryview]]:
         fields: dict[str, Any] = {}
@@ -3576,8 +3625,6 @@ class Session:
 
         socket = self.home.listener.reply_socket()
         try:
-            if self.before:
-                self.before.close(self.home.settings.session_timeout)
             while not self.over:
                 request = self.questions.get(timeout=self.home.settings.session_timeout)
                 if request is None:
@@ -3643,6 +3690,11 @@ class Session:
         settings = self.home.settings
         names = message.fields.texts("codecs", 20)
         codec = next((CODECS[name] for name in list_codecs() if name in names), PLAIN)
+        if self.before:  # here, so that the server hears WORKING meanwhile
+            self.before.close(self.home.settings.session_timeout)
+            self.before = None
+        if self.over:
+            raise NodeError("another copy for the same server has begun", "closed")
         self._end(wait=True)
         self._hooked = True
         if settings.before:
@@ -3797,7 +3849,8 @@ class Node:
                 self.listener.answer(request, ERROR, {"code": "closed", "message": "no copy is open"})
                 return
             server = request.message.fields.text("server", "", 100)
-            last = next((s for s in self._sessions.values() if server and s.server == server and not s.ended), None)
+            same = [s for s in self._sessions.values() if server and s.server == server and not s.ended]
+            last = same[-1] if same else None
             if last is None and len(self._sessions) >= self.settings.sessions:
                 long_ago = self.wire.clock.monotonic() - IDLE
                 idle = [
@@ -4191,7 +4244,7 @@ class Receiver:
         else:
             size = self._take_patch(item, want, raw)
             raw = raw[size:]
-            if digest in self.reader.distrusted:
+            if want.base in self.reader.distrusted:
                 return Got("later", item), raw  # what it patches is damaged: ask for the whole chunk
         return Got(status, item, digest, length), raw
 
@@ -4220,13 +4273,11 @@ class Receiver:
         runs = patch_runs(base, changed, piece.digest, length)
         self._pieces.append(piece)
         whole = None
-        if needs_whole(runs, length):
-            try:
+        if needs_whole(runs, length) or digest in self.reader.distrusted:
+            with contextlib.suppress(StoreError):  # which distrusts the base: it is not asked against again
                 whole = patch_data(self.reader.get(want.base), changed, piece.data, length)
-            except StoreError:
-                self.reader.distrusted.add(digest)
-                return size
-        self._patches.append((digest, runs, whole))
+        if want.base not in self.reader.distrusted:
+            self._patches.append((digest, runs, whole))
         return size
 
     @staticmethod
@@ -4813,6 +4864,9 @@ class Copier:
             pull.leave()
             saved = self._save_part(intake, folder, replace(start, cut_off=str(error)))
             return replace(report, snapshot=saved, error=str(error), exit_code=error.exit_code)
+        except BaseException:
+            pull.leave()
+            raise
         intake.writer.seal()
         saved = self._save(intake, folder, replace(start, blocks=blocks, grade=worst_grade(intake.tally.grades)))
         folder.drop_progress()
@@ -5123,6 +5177,7 @@ class FileWriter:
         self.bytes = 0
         self._token = options.token or os.urandom(16).hex()
         self._due: list[tuple[bytes, bytes, Stat | None]] = []  # path and temporary name of a file, or a folder's Stat
+        self._due_names: dict[bytes, bytes] = {}  # of the files among them, for hard links
         self._due_bytes = 0
         self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
         self._links = LinkTable()
@@ -5205,9 +5260,8 @@ class FileWriter:
         first, _, content = (known or b"").partition(b"\0")
         if known is None or content != read:
             return False
-        if any(path == first for path, _, _ in self._due):
-            self.sync()
         first_folder, first_name = self.folders.parent(first)
+        first_name = self._due_names.get(first, first_name)
         source = os.dup(first_folder)
         try:
             folder, _ = self.folders.parent(stat.path)
@@ -5269,6 +5323,8 @@ class FileWriter:
 
     def _publish_later(self, path: bytes, temporary: bytes, size: int, folder: Stat | None = None) -> None:
         self._due.append((path, temporary, folder))
+        if folder is None:
+            self._due_names[path] = temporary
         self._due_bytes += size
         self.files += folder is None
         self.bytes += size
@@ -5279,6 +5335,7 @@ class FileWriter:
         """Make what is written durable, then give it its names; a folder's time comes after all in it."""
         sync_filesystem(self.folders.root)
         due, self._due, self._due_bytes = self._due, [], 0
+        self._due_names.clear()
         for path, temporary, stat in due:
             try:
                 if stat:
@@ -5445,8 +5502,9 @@ class Latest:
             again = self.folder.load_snapshot(state.next)
         except (OSError, FormatError):
             return LatestState(older=tuple(filter(None, (*state.older, state.snapshot)))[-OLDER_KEPT:])
-        self._apply(state, again)
-        return replace(state, snapshot=state.next, next="")
+        if self._apply(state, again):  # what is there is of either: all counts as new
+            return LatestState(older=tuple(filter(None, (*state.older, state.snapshot, state.next)))[-OLDER_KEPT:])
+        return replace(state, snapshot=state.next, next="", older=self._load().older)
 
     def _apply(self, state: LatestState, snapshot: Snapshot) -> list[Problem]:
         self._save(state)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from typing import Any, Callable
 
+import pytest
 from conftest import World, wait_until
 
 import zbackup
 
 MIB = 1 << 20
+
+
+def put(store: zbackup.Store, what: Callable[[zbackup.PackWriter], Any]) -> Any:
+    """Put something into a pack of its own."""
+    writer = zbackup.PackWriter(store.packs, store.index, zbackup.PLAIN, 1)
+    found = what(writer)
+    writer.seal()
+    return found
 
 
 def find_packs(world: World) -> list[Path]:
@@ -108,3 +119,85 @@ def test_log_file_that_is_full_ends_no_backup(world: World) -> None:
     world.node()
     done = world.run(*world.server_flags("--log-file", "/dev/full"), code=0)
     assert done.stderr.count("--log-file cannot be written") == 1
+
+
+@pytest.mark.parametrize("turn", range(6))  # the order of the packs' names is chance
+def test_whole_chunk_is_not_hidden_by_a_patch_of_the_same_digest(tmp_path: Path, turn: int) -> None:
+    """Two pulls side by side may store one content whole and as a patch."""
+    path = str(tmp_path / "backups")
+    data = os.urandom(8 * zbackup.PAGE)
+    part = zbackup.digest_pages(zbackup.hash_pages(data[: zbackup.PAGE]))
+    with contextlib.closing(zbackup.open_store(path, create=True)) as store:
+        whole = put(store, lambda w: w.put_chunk(data))
+        put(store, lambda w: w.put_patch(part, [zbackup.Run(whole, 0, zbackup.PAGE)]))
+        other = put(store, lambda w: w.put_chunk(data[:100] + data))
+        put(store, lambda w: w.distrusted.add(whole) or w.put_patch(whole, [zbackup.Run(other, 100, len(data))]))
+    Path(path, "index.sqlite").unlink()
+    with contextlib.closing(zbackup.open_store(path)) as store, contextlib.closing(store.reader()) as reader:
+        assert len(reader.find(whole)) == 2
+        assert reader.get(part) == data[: zbackup.PAGE]
+        assert reader.pages(part) == zbackup.hash_pages(data[: zbackup.PAGE])
+        assert reader.get(whole) == data
+
+
+def test_copy_of_a_damaged_chunk_is_found_in_another_pack(tmp_path: Path) -> None:
+    path = str(tmp_path / "backups")
+    data = os.urandom(MIB)
+    with contextlib.closing(zbackup.open_store(path, create=True)) as store:
+        digest = put(store, lambda w: w.put_chunk(data))
+        (damaged,) = (tmp_path / "backups/packs").rglob("*.pack")
+        put(store, lambda w: w.distrusted.add(digest) or (w.put_chunk(data), w.put_chunk(b"so it is another pack")))
+    broken = bytearray(damaged.read_bytes())
+    broken[MIB // 2] ^= 1
+    damaged.write_bytes(broken)
+    Path(path, "index.sqlite").unlink()
+    with contextlib.closing(zbackup.open_store(path)) as store, contextlib.closing(store.reader()) as reader:
+        assert reader.get(digest) == data
+
+
+def test_lost_list_of_a_file_is_made_again(world: World) -> None:
+    with open(world.files / "long", "wb") as file:
+        file.truncate(1100 * MIB)
+        file.write(b"start")
+    world.node()
+    world.sweep("--no-latest")
+    (pack,) = find_packs(world)
+    (world.files / "other").write_text("other")
+    world.sweep("--no-latest")
+    pack.unlink()
+    assert world.sweep("--no-latest", code=4)["nodes"][0]["snapshot"]["grade"] == "stable"
+    world.sweep("--no-latest")
+    with open(world.restore() / "files/long", "rb") as restored:
+        assert restored.read(6) == b"start\0"
+
+
+def test_latest_is_not_up_to_date_before_it_is(world: World) -> None:
+    world.node()
+    world.sweep()
+    latest = world.store / "127.0.0.9/latest/files"
+    (latest / "a").mkdir(parents=True)  # in the way
+    (world.files / "a").write_text("a")
+    for _ in range(3):
+        assert "files/a" in str(world.sweep(code=1)["nodes"][0]["problems"])
+    (latest / "a").rmdir()
+    world.sweep()
+    assert (latest / "a").read_text() == "a"
+
+
+def test_snapshot_folder_with_a_dangling_link(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node()
+    world.sweep()
+    (world.store / "127.0.0.9/snapshots/9999.json").symlink_to("nowhere")
+    assert world.sweep()["nodes"][0]["snapshot"]["sequence"] == 2
+    assert "9999 cannot be read" in world.run("list", "127.0.0.9", code=4).stderr
+
+
+def test_after_is_run_where_the_store_fails(world: World) -> None:
+    (world.files / "a").write_bytes(os.urandom(60 * MIB))
+    world.node("--before", "echo before >> hooks", "--after", "echo after >> hooks")
+    server = world.server("--window", "1MiB", "--pack-size", "4MiB")
+    wait_until(lambda: any((world.store / "packs").glob("??/*.pack")), what="a pack")
+    (world.store / "packs").rename(world.path / "elsewhere")
+    assert server.process.wait(30) == 4, server.output
+    wait_until(lambda: "after" in (world.path / "hooks").read_text(), 5, "--after")

@@ -372,9 +372,9 @@ def test_many_versions_of_one_file(calm: World) -> None:
         for chunk in zbackup.list_chunks(reader, entry.content):
             parts.append(bytes(chunk * MIB) if isinstance(chunk, int) else reader.get(chunk))
             if isinstance(chunk, bytes):
-                kinds.add(reader.record(reader.find(chunk)).kind)
+                kinds.add(reader.record(reader.find(chunk)[0]).kind)
                 sources = {run.source for run in reader.runs(chunk)}
-                assert {reader.record(reader.find(source)).kind for source in sources} == {zbackup.FRAME}
+                assert {reader.record(reader.find(source)[0]).kind for source in sources} == {zbackup.FRAME}
                 assert len(sources) <= zbackup.MOST_SOURCES
         assert b"".join(parts)[: len(content)] == content
         assert entry.content.size == len(content)

@@ -508,7 +508,7 @@ def test_flipped_byte_of_the_data_is_found(path: str) -> None:
 def test_flipped_byte_of_a_patch_names_its_pack(path: str) -> None:
     *_, digest = make_small_pack(path, z.PLAIN)
     with contextlib.closing(z.open_store(path)) as store, contextlib.closing(store.reader()) as reader:
-        record = reader.record(reader.find(digest))
+        record = reader.record(reader.find(digest)[0])
     for damaged, reader in flip_each_byte(path, record.data_offset, record.data_offset + record.stored):
         with pytest.raises(z.StoreError, match=damaged.stem):
             reader.get(digest)
