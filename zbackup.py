@@ -5173,6 +5173,7 @@ class FileWriter:
         self.folders = Folders(root)
         self.problems: list[Problem] = []
         self.damaged = False  # whether the store is at fault
+        self.skipped = 0  # sockets, which their programs make
         self.files = 0  # put
         self.bytes = 0
         self._token = options.token or os.urandom(16).hex()
@@ -5215,7 +5216,7 @@ class FileWriter:
         elif content.error or stat.error:
             self.fail(stat.path, f"is not in this snapshot: {content.error or stat.error}")
         elif stat.kind == "socket" or (self.options.private and stat.kind not in ("file", "symlink")):
-            return  # made by its program at each start; `latest` is for files
+            self.skipped += 1  # made by its program at each start; `latest` is for files
         else:
             folder, name = self.folders.parent(stat.path, create=True)
             if not self.options.overwrite and _exists(folder, name):
@@ -5609,6 +5610,8 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 def format_totals(totals: Totals) -> str:
     """Return what a pull did, in one phrase."""
     parts = [f"{totals.files} files ({format_size(totals.size)})", f"{totals.changed} changed"]
+    if totals.others:
+        parts.append(f"{totals.others} links and special files")
     if totals.deleted:
         parts.append(f"{totals.deleted} deleted")
     if totals.failed:
@@ -6308,6 +6311,8 @@ def run_restore(args: argparse.Namespace) -> int:
         if not args.quiet:
             what = f"{done.files} files ({format_size(done.bytes)}) of {snapshot.folder}"
             print(f"restored {what} as of {format_time(snapshot.started)} to {show(args.to)}")
+            if done.skipped:
+                print(f"{done.skipped} sockets were left out: their programs make them")
         if not snapshot.good:
             print(f"zbackup: this snapshot is {snapshot.grade}; see `list {snapshot.folder}`", file=sys.stderr)
         code = StoreError.exit_code if done.damaged else BackupError.exit_code if done.problems else 0

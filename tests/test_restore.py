@@ -932,3 +932,16 @@ def test_restore_file_called_like_a_temporary_one(world: World) -> None:
     make_snapshot(world.store, [(describe(leftover), b"leftover"), (describe("x"), b"right")])
     back = world.restore("--overwrite", code=None)
     assert (back / "x").read_text() == "right"
+
+
+def test_restore_says_that_sockets_are_left_out(world: World) -> None:
+    make_snapshot(world.store, [(describe("s", kind="socket"), None)])
+    assert "1 sockets were left out" in world.run("restore", FOLDER, "--to", "restored").stdout
+    assert not (world.path / "restored/s").exists()
+
+
+def test_sweep_says_that_there_are_special_files(world: World) -> None:
+    os.mkfifo(world.files / "fifo")
+    (world.files / "link").symlink_to("fifo")
+    world.node()
+    assert "2 links and special files" in world.run(*world.server_flags()).stdout
