@@ -460,7 +460,15 @@ def decompress(codec: int, data: bytes | memoryview, size: int) -> bytes:
 
 # ---- an entry: what a listing says of a path, a tab, what was read of it ----
 
-KINDS = ("file", "directory", "symlink", "fifo", "socket", "block", "character")
+KIND_BITS = {  # as stat(2) has them
+    "file": stat_bits.S_IFREG,
+    "directory": stat_bits.S_IFDIR,
+    "symlink": stat_bits.S_IFLNK,
+    "fifo": stat_bits.S_IFIFO,
+    "socket": stat_bits.S_IFSOCK,
+    "block": stat_bits.S_IFBLK,
+    "character": stat_bits.S_IFCHR,
+}
 
 
 @dataclass(frozen=True)
@@ -468,7 +476,7 @@ class Stat:
     """What a listing says of one path; equal bytes mean an unchanged file."""
 
     path: bytes
-    kind: str  # one of KINDS
+    kind: str  # one of KIND_BITS
     mode: int = 0  # permissions, setuid, setgid and sticky; not the type
     uid: int = 0
     gid: int = 0
@@ -526,7 +534,7 @@ def decode_stat(line: bytes) -> Stat:
     """Return the Stat of a listing line; FormatError unless encode_stat gives the same line."""
     fields = Fields(line, "an entry")
     kind = fields.text("kind")
-    if kind not in KINDS:
+    if kind not in KIND_BITS:
         fields.wrong("kind")
     xattrs = Fields.inside(fields.values.get("xattrs", {}), "extended attributes")
     target = fields.text("target", "", PATH_LIMIT)
@@ -1025,6 +1033,8 @@ class ServerSettings:
 TEMPORARY = ".zbackup-tmp-"  # prefix of a file that is not complete yet
 FICLONE = 0x40049409  # ioctl of Linux, <linux/fs.h>: share the blocks of another file
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# O_NONBLOCK: should it have become a fifo, do not wait for its writer.
+FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -2117,8 +2127,6 @@ class Reader:
             head = read_range(fd, RECORD.size, place.record)
             table = decode_record_head(head, place.record)[3]
             record = decode_record(head, read_range(fd, table, place.record + RECORD.size), place.record)
-            if place.place >= len(record.rows):
-                raise FormatError(f"the record at byte {place.record} has no row {place.place}")
             if place.pack:
                 _remember(self._records, key, record, 128)
             return record
@@ -2162,16 +2170,20 @@ class Reader:
     def _read_chunk(self, place: Place, digest: bytes) -> bytes:
         record, data = self._row(place)
         runs = () if record.kind == FRAME else decode_patch(bytes(data))
-        chunk = self._assemble(runs, self._whole) if runs else bytes(data)
-        if runs and digest_pages(hash_pages(chunk)) != digest:
-            chunk = self._assemble(runs, self.get)  # each source checked: tells where the damage is
-        if digest_pages(hash_pages(chunk)) != digest:
-            raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
-        return chunk
+        # The second time with each source checked, which tells where the damage is.
+        for read in (self._whole, self.get):
+            chunk = self._assemble(runs, read) if runs else bytes(data)
+            if digest_pages(hash_pages(chunk)) == digest:
+                return chunk
+        raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
 
     def _check_row(self, record: Record, place: Place, digest: bytes) -> None:
-        if record.rows[place.place][0] != digest:
-            raise StoreError(f"{self.index.path}, the index, does not fit the packs; delete it: it is made again")
+        there = place.place < len(record.rows)
+        if not there or record.rows[place.place][0] != digest:
+            what = f"the record at byte {place.record} has {'another chunk in' if there else 'no'} row {place.place}"
+            raise StoreError(
+                f"{self.index.path}, the index, does not fit the packs ({what}); delete it: it is made again"
+            )
 
     @contextlib.contextmanager
     def _naming(self, place: Place) -> Iterator[None]:
@@ -2743,15 +2755,7 @@ DATABASE_MAGIC = b"SQLite format 3\0"
 DATABASE_HEAD = 100  # bytes of the header, https://www.sqlite.org/fileformat.html#the_database_header
 COMPANIONS = (b"-wal", b"-shm", b"-journal")  # of a database; its frozen copy holds what they held
 ZEROS = bytes(CHUNK)
-KIND_OF = {
-    stat_bits.S_IFREG: "file",
-    stat_bits.S_IFDIR: "directory",
-    stat_bits.S_IFLNK: "symlink",
-    stat_bits.S_IFIFO: "fifo",
-    stat_bits.S_IFSOCK: "socket",
-    stat_bits.S_IFBLK: "block",
-    stat_bits.S_IFCHR: "character",
-}
+KIND_OF = {bits: kind for kind, bits in KIND_BITS.items()}
 
 
 @dataclass(frozen=True)
@@ -3075,7 +3079,7 @@ class Source:
     def _is_database(self, fd: int, name: bytes) -> bool:
         try:
             with self.spool.sqlite:
-                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=fd)
+                file = os.open(name, FILE_FLAGS, dir_fd=fd)
                 try:
                     found = os.fstat(file)
                     whole = stat_bits.S_ISREG(found.st_mode) and found.st_size % 512 == 0
@@ -3400,16 +3404,19 @@ class Files:
         return self._handles.get(ask.path)
 
     def _open(self, path: bytes) -> Handle:
+        stat = self._look(path)
+        folder, name = self.source.parent(path)
+        return self._freeze(stat, folder, name) if stat.database else self._open_file(path, folder, name)
+
+    def _look(self, path: bytes) -> Stat:
         self.source.check(path)
         stat = self.source.look(path)
         if stat is None or stat.kind != "file":
             raise FileNotFoundError(errno.ENOENT, "no longer a file")
-        folder, name = self.source.parent(path)
-        return self._freeze(stat, folder, name) if stat.database else self._open_file(path, folder, name)
+        return stat
 
     def _open_file(self, path: bytes, folder: int, name: bytes) -> Handle:
-        # O_NONBLOCK: should it have become a fifo, do not wait for its writer.
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+        fd = os.open(name, FILE_FLAGS, dir_fd=folder)
         try:
             found = os.fstat(fd)
             if not stat_bits.S_ISREG(found.st_mode):
@@ -3446,7 +3453,7 @@ class Files:
         target = os.path.join(work, "copy")
         try:
             with self.source.spool.sqlite:
-                plain = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+                plain = os.open(name, FILE_FLAGS, dir_fd=folder)
                 try:
                     xattrs = list_xattrs(plain)
                 finally:
@@ -3486,11 +3493,10 @@ class Files:
 
     def _is_there(self, path: bytes) -> bool:
         try:
-            self.source.check(path)
-            stat = self.source.look(path)
+            self._look(path)
         except OSError:
             return False
-        return stat is not None and stat.kind == "file"
+        return True
 
     def _read(self, ask: Ask, handle: Handle) -> tuple[dict[str, Any], list[memoryview]]:
         fields: dict[str, Any] = {}
@@ -4867,6 +4873,8 @@ class Copier:
         except BaseException:
             pull.leave()
             raise
+        finally:
+            pull.links.close()
         intake.writer.seal()
         saved = self._save(intake, folder, replace(start, blocks=blocks, grade=worst_grade(intake.tally.grades)))
         folder.drop_progress()
@@ -5251,8 +5259,7 @@ class FileWriter:
         elif stat.kind == "fifo":
             os.mkfifo(temporary, 0o600, dir_fd=folder)
         else:
-            kind = stat_bits.S_IFBLK if stat.kind == "block" else stat_bits.S_IFCHR
-            os.mknod(temporary, kind | 0o600, stat.rdev, dir_fd=folder)
+            os.mknod(temporary, KIND_BITS[stat.kind] | 0o600, stat.rdev, dir_fd=folder)
         self._attributes.set_other(folder, temporary, stat)
 
     def _link(self, stat: Stat, read: bytes, temporary: bytes) -> bool:
@@ -5297,7 +5304,7 @@ class FileWriter:
         if old is None or old.stat.kind != "file" or old.content.size <= CHUNK or old.content.error or old.stat.sparse:
             return -1
         try:
-            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            fd = os.open(name, FILE_FLAGS, dir_fd=folder)
         except OSError:
             return -1
         found = os.fstat(fd)
@@ -5383,7 +5390,7 @@ def restore_snapshot(
 ) -> FileWriter:
     """Restore the paths, or all, below the folder `to`; returns the writer with what it did.
 
-    Raises RestoreError when nothing stands at one of the paths.
+    A path at which nothing stands is one of the writer's problems.
     """
     os.makedirs(to, exist_ok=True)
     if not options.token:  # the same for the same restore: it finds what a killed one left
@@ -5702,21 +5709,9 @@ def describe_sweep(report: SweepReport) -> dict[str, Any]:
     }
 
 
-KIND_BITS = {
-    stat_bits.S_IFREG: "file",
-    stat_bits.S_IFDIR: "directory",
-    stat_bits.S_IFLNK: "symlink",
-    stat_bits.S_IFIFO: "fifo",
-    stat_bits.S_IFSOCK: "socket",
-    stat_bits.S_IFBLK: "block",
-    stat_bits.S_IFCHR: "character",
-}
-
-
 def format_mode(stat: Stat) -> str:
     """Return kind and permissions as `ls -l` shows them."""
-    kinds = {kind: bits for bits, kind in KIND_BITS.items()}
-    return stat_bits.filemode(kinds[stat.kind] | stat.mode)
+    return stat_bits.filemode(KIND_BITS[stat.kind] | stat.mode)
 
 
 def format_entry(entry: Entry) -> list[str]:
@@ -6481,7 +6476,15 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_values(parser.add_argument_group("limits, rarely changed"), limits)
 
 
+NODE_HELP = "folder, address or host name of a node"
 WHEN_HELP = "latest, a snapshot's name, a date, 'date time', or how long ago: 3d"
+
+
+def add_version_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what names a node's snapshot: --store, NODE and --at."""
+    add_store_flag(parser)
+    parser.add_argument("node", metavar="NODE", help=NODE_HELP)
+    parser.add_argument("--at", default="latest", metavar="WHEN", help=f"which version: {WHEN_HELP}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -6513,16 +6516,14 @@ def make_parser() -> argparse.ArgumentParser:
     add_node_flags(add("node", run_node, "Serve files of this machine to the backup server."))
     command = add("list", run_list, "List nodes, a node's snapshots, or the versions of a path.")
     add_store_flag(command)
-    command.add_argument("node", nargs="?", metavar="NODE", help="folder, address or host name of a node")
+    command.add_argument("node", nargs="?", metavar="NODE", help=NODE_HELP)
     command.add_argument("path", nargs="?", metavar="PATH", help="list the versions of this path")
     command.add_argument("--at", metavar="WHEN", help=f"list the files of one snapshot instead: {WHEN_HELP}")
     command.add_argument("--json", action="store_true", help="print JSON")
     command = add("restore", run_restore, "Restore files of a node, with all that was known of them.")
-    add_store_flag(command)
-    command.add_argument("node", metavar="NODE", help="folder, address or host name of a node")
+    add_version_flags(command)
     command.add_argument("path", nargs="*", metavar="PATH", help="what to restore (default: all)")
     command.add_argument("--to", required=True, metavar="DIR", help="the folder to restore into; made at need")
-    command.add_argument("--at", default="latest", metavar="WHEN", help=f"which version: {WHEN_HELP}")
     switches = [
         ("--overwrite", "replace files that exist"),
         ("--numeric-ids", "set owners by number, not by name"),
@@ -6530,10 +6531,8 @@ def make_parser() -> argparse.ArgumentParser:
     ]
     add_switches(command, switches)
     command = add("cat", run_cat, "Write one file of a node to standard output.")
-    add_store_flag(command)
-    command.add_argument("node", metavar="NODE", help="folder, address or host name of a node")
+    add_version_flags(command)
     command.add_argument("path", metavar="PATH", help="the file")
-    command.add_argument("--at", default="latest", metavar="WHEN", help=f"which version: {WHEN_HELP}")
     return parser
 
 

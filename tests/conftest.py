@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -146,6 +147,32 @@ class World:
 
 
 FOLDER = "127.0.0.9"  # where the copies of a node at the first address are
+
+
+ENV = {**os.environ, "PYTHONPATH": str(HERE.parent)}  # of a process that imports zbackup
+
+HOLD = """
+import sys, zbackup
+fd = zbackup.lock_file(sys.argv[1], shared=sys.argv[2] == "shared")
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+@contextlib.contextmanager
+def held(path: Path | str, how: str) -> Iterator[subprocess.Popen[str]]:
+    """Let another process hold a lock."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path), how],
+        env=ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        yield other
+        other.kill()
 
 
 def find_free_port() -> int:

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import errno
 import fcntl
 import os
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import PROGRAM
+from conftest import held
 
 import zbackup as z
-
-ENV = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
-HOLD = """
-import sys, zbackup
-fd = zbackup.lock_file(sys.argv[1], shared=sys.argv[2] == "shared")
-print("held", flush=True)
-sys.stdin.readline()
-"""
-
-
-@contextlib.contextmanager
-def held(path: Path, how: str) -> Iterator[subprocess.Popen[str]]:
-    """Let another process hold a lock."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), how],
-        env=ENV,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as other:
-        assert other.stdout
-        assert other.stdout.readline() == "held\n"
-        yield other
-        other.kill()
 
 
 def failing(number: int) -> Callable[..., Any]:

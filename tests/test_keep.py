@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAM
+from conftest import ENV
 
 import zbackup as z
 
-ENV = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
 WRITE = """
 import os, sys, zbackup
 store = zbackup.open_store(sys.argv[1])

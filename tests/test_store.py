@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import PROGRAM
+from conftest import ENV, held
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import zbackup as z
 
 QUICK = settings(max_examples=60, deadline=None)
-ENV = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
 SNAPSHOT = z.Snapshot("2026-11-23T02-23-31Z", "here", 1, 1, 2, "frozen")
 
 
@@ -538,6 +537,16 @@ def test_pack_cut_off_while_it_is_known(path: str) -> None:
         os.truncate(pack, size)
         with pytest.raises(z.StoreError, match=pack.stem):
             read_all(path, digests)
+
+
+def test_index_that_names_a_row_that_is_not_there_in_a_record_read_before(path: str) -> None:
+    first, second = fill(path, [b"one", b"two"])
+    with contextlib.closing(sqlite3.connect(path + "/index.sqlite")) as index, index:
+        index.execute("UPDATE chunks SET place = 7 WHERE digest = ?", (second,))
+    with contextlib.closing(z.open_store(path)) as store, contextlib.closing(store.reader()) as reader:
+        assert reader.get(first) == b"one"
+        with pytest.raises(z.StoreError, match="no row 7"):
+            reader.get(second)
 
 
 def test_index_that_names_a_row_that_is_not_there(path: str) -> None:
@@ -1235,27 +1244,11 @@ def test_store_without_its_packs(path: str) -> None:
     refused(path, "cannot be opened")
 
 
-LOCK = """
-fd = z.lock_file(sys.argv[1], shared=False)
-print("held", flush=True)
-sys.stdin.readline()
-"""
-
-
 def test_store_locked_by_a_run_that_deletes(path: str) -> None:
     fill(path, [b"text"])
-    with subprocess.Popen(
-        [sys.executable, "-c", "import sys, zbackup as z\n" + LOCK, path + "/lock"],
-        env=ENV,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as other:
-        assert other.stdout
-        assert other.stdout.readline() == "held\n"
+    with held(path + "/lock", "exclusive"):
         refused(path, "locked by another run")
         refused(path, "locked by another run", create=True)
-        other.kill()
     z.open_store(path).close()
 
 
