@@ -17,7 +17,7 @@ Chapters, in order; each uses only what stands above it:
      5. KEYS       who a node is
      6. WIRE       sockets, kinds of message, credit
      7. STORE      packs, index, snapshots
-     8. KEEP       what may be deleted
+     8. KEEP       what may go, what is damaged, and what is done about it
      9. NODE       scan, freeze, read, answer
     10. SWEEP      probe, pull, schedule
     11. RESTORE    a snapshot back to files
@@ -91,7 +91,7 @@ import sys
 import threading
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NoReturn
 
@@ -132,6 +132,11 @@ READ_LIMIT = 256  # files in one READ: their items fit the head
 QUEUE_LIMIT = 64  # requests waiting in one session: four times the default window
 RECORD_LIMIT = 64 << 20  # bytes of one record of a pack, before memory is taken for it
 
+# What decides in KEEP.
+MOST_DEAD = 0.4  # of a pack's bytes: beyond it the pack is rewritten
+SCRAMBLED = 0.95  # of its size: what does not compress below it looks encrypted
+LOOK = 4096  # bytes at the start, the middle and the end of a chunk that tell
+
 # Defaults of flags.
 NETWORK = "127.0.0"
 PORT = 4545
@@ -156,6 +161,11 @@ SESSION_TIMEOUT = 120.0  # s without a request before a node drops a server's se
 SESSIONS = 4  # servers that one node serves at once
 LOCKED_TIMEOUT = 60.0  # s to wait for a SQLite database that another program holds
 HEARTBEAT = 5.0  # s between the ZMTP pings that find a dead peer
+GRACE = 7 * 86400.0  # s that a removed snapshot stays in the trash
+MAX_REPACK = 1 << 40  # bytes of packs that one prune rewrites at most
+RESERVE = 16 << 20  # bytes given back when the disk is full, so that prune can write what it must
+LOCK_WAIT = 60.0  # s to wait for a store that another run has locked
+DRILL_FILES = 20  # files of each node that a drill restores, beside its newest database
 
 
 # ==== 2. ERRORS: what can go wrong, and the exit code of each ====
@@ -189,6 +199,10 @@ class FormatError(BackupError):
     """Bytes that do not decode as what they should be."""
 
 
+class OtherFormat(FormatError):
+    """A file of the store that another version of zbackup wrote."""
+
+
 class CodecError(FormatError):
     """Bytes in a codec that this Python lacks."""
 
@@ -197,6 +211,14 @@ class StoreError(BackupError):
     """A store that is damaged, full, locked or of another kind."""
 
     exit_code = 4
+
+
+class FullStore(StoreError):
+    """A disk or a quota that has no room left for the store."""
+
+
+class LockedStore(StoreError):
+    """A store in which another run deletes, or is at work where this one would."""
 
 
 class MissingChunk(StoreError):
@@ -239,7 +261,7 @@ class Clock:
     sleep: Callable[[float], None]  # s
 
 
-# ---- paths: bytes inside, UTF-8 with surrogate escapes in JSON ----
+# ---- words and paths: bytes inside, UTF-8 with surrogate escapes in JSON ----
 
 
 def encode_path(path: bytes) -> str:
@@ -254,6 +276,16 @@ def show(text: str | bytes) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def format_size(size: int) -> str:
+    """Return bytes as people read them, in powers of 1024."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1000 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def decode_path(text: str) -> bytes:
@@ -365,6 +397,56 @@ class Fields:
     def digest(self, name: str) -> bytes:
         """Return the bytes of a digest."""
         return decode_digest(self.text(name, limit=2 * DIGEST))
+
+
+# ---- a JSON file of the store: its last member is the SHA-256 of all bytes before it ----
+
+
+def seal(body: bytes) -> bytes:
+    """Return the last member of a JSON file whose bytes before it are `body`."""
+    return b',\n "sha256": "%s"\n}\n' % hashlib.sha256(body).hexdigest().encode("ascii")
+
+
+SEAL_SIZE = len(seal(b""))
+
+
+def encode_file(fields: Mapping[str, Any]) -> bytes:
+    """Return a JSON file of the store."""
+    body = json.dumps({"format": FORMAT, **fields}, indent=1)[: -len("\n}")].encode("ascii")
+    return body + seal(body)
+
+
+def decode_file(data: bytes, what: str) -> Fields:
+    """Return the Fields of a JSON file of the store; FormatError where a byte is not what it was."""
+    fields = Fields(data, what)
+    if fields.integer("format") != FORMAT:
+        raise OtherFormat(f"{what} is of format {fields.integer('format')}, this zbackup knows {FORMAT}")
+    if data[-SEAL_SIZE:] != seal(data[:-SEAL_SIZE]):
+        raise FormatError(f"{what} is damaged: it does not have the checksum that it names")
+    return fields
+
+
+# ---- times ----
+
+TIME_NAME = "%Y-%m-%dT%H-%M-%SZ"  # UTC, without a character that a filesystem minds
+
+
+def name_time(moment: int) -> str:
+    """Return a moment (ns) as snapshots are named."""
+    import datetime
+
+    return datetime.datetime.fromtimestamp(moment // 10**9, datetime.timezone.utc).strftime(TIME_NAME)
+
+
+def parse_time(name: str) -> int:
+    """Return the moment (ns) that a snapshot's name starts with; FormatError where it has none."""
+    import datetime
+
+    try:
+        moment = datetime.datetime.strptime(name[:20], TIME_NAME).replace(tzinfo=datetime.timezone.utc)
+    except ValueError:
+        raise FormatError(f"{show(name)} does not start with a time") from None
+    return int(moment.timestamp()) * 10**9
 
 
 # ---- digests ----
@@ -780,18 +862,18 @@ def encode_footer(records: Iterable[tuple[int, int, Sequence[bytes]]], offset: i
     return footer + TRAILER.pack(offset, hashlib.sha256(footer).digest(), TRAILER_MAGIC)
 
 
-def decode_footer(footer: bytes, proof: bytes) -> Iterator[tuple[int, list[bytes]]]:
-    """Yield the offset and the digests of each record; FormatError unless `proof` fits."""
+def decode_footer(footer: bytes, proof: bytes) -> Iterator[tuple[int, int, list[bytes]]]:
+    """Yield the offset, the kind and the digests of each record; FormatError unless `proof` fits."""
     if hashlib.sha256(footer).digest() != proof:
         raise FormatError("the index at the end of the pack is damaged")
     at = 0
     while at < len(footer):
         start = at + FOOTER_ROW.size
-        offset, _, count = FOOTER_ROW.unpack(footer[at:start].ljust(FOOTER_ROW.size, b"\xff"))
+        offset, kind, count = FOOTER_ROW.unpack(footer[at:start].ljust(FOOTER_ROW.size, b"\xff"))
         at = start + count * DIGEST
         if at > len(footer):
             raise FormatError("the index at the end of the pack is cut off")
-        yield offset, [footer[i : i + DIGEST] for i in range(start, at, DIGEST)]
+        yield offset, kind, [footer[i : i + DIGEST] for i in range(start, at, DIGEST)]
 
 
 def encode_patch(runs: Sequence[Run]) -> bytes:
@@ -841,6 +923,7 @@ class Totals:
     added: int = 0  # bytes added to the packs
     failed: int = 0  # files that could not be read
     torn: int = 0  # files that kept changing
+    scrambled: int = 0  # files that compressed before and no longer do
 
 
 SNAPSHOT_GRADES = ("partial", "torn", "stable", "frozen")  # the worst first
@@ -867,6 +950,7 @@ class Snapshot:
     blocks: tuple[bytes, ...] = ()  # digests of the blocks of entries, in order
     totals: Totals = Totals()
     problems: tuple[Problem, ...] = ()
+    alarm: str = ""  # why it looks as if data were lost; then the snapshots before it are held
 
     @property
     def good(self) -> bool:
@@ -876,19 +960,17 @@ class Snapshot:
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
     """Return the JSON file of a snapshot; its name and folder are the file's own."""
-    fields = {"format": FORMAT, **vars(snapshot)}
+    fields = dict(vars(snapshot))
     del fields["name"], fields["folder"]
     fields["blocks"] = [digest.hex() for digest in snapshot.blocks]
     fields["totals"] = vars(snapshot.totals)
     fields["problems"] = [[problem.path, problem.message] for problem in snapshot.problems]
-    return (json.dumps(fields, indent=1) + "\n").encode("ascii")
+    return encode_file(fields)
 
 
 def decode_snapshot(data: bytes, folder: str, name: str) -> Snapshot:
     """Return the Snapshot in a JSON file; FormatError unless it is one."""
-    fields = Fields(data, f"the snapshot {folder}/{name}")
-    if fields.integer("format") != FORMAT:
-        raise FormatError(f"{fields.what} is of format {fields.integer('format')}, this zbackup knows {FORMAT}")
+    fields = decode_file(data, f"the snapshot {folder}/{name}")
     if fields.text("grade") not in SNAPSHOT_GRADES:
         fields.wrong("grade")
     totals = Fields.inside(fields.values.get("totals", {}), f"{fields.what}: totals")
@@ -911,6 +993,7 @@ def decode_snapshot(data: bytes, folder: str, name: str) -> Snapshot:
         blocks=tuple(decode_digest(text) for text in fields.texts("blocks", 1 << 30)),
         totals=Totals(**{name: totals.integer(name, 0) for name in vars(Totals())}),
         problems=tuple(Problem(str(path), str(message)) for path, message in problems),
+        alarm=fields.text("alarm", ""),
     )
 
 
@@ -950,20 +1033,19 @@ class Known:
     addresses: tuple[str, ...] = ()  # where it answered last
     first_seen: int = 0  # ns
     last_seen: int = 0
+    released: int = 0  # sequence of the last snapshot whose alarm the user has answered
 
 
 def encode_known(known: Known) -> bytes:
     """Return the node.json of a node."""
-    fields = {"format": FORMAT, **vars(known)}
+    fields = dict(vars(known))
     del fields["folder"]
-    return (json.dumps(fields, indent=1) + "\n").encode("ascii")
+    return encode_file(fields)
 
 
 def decode_known(data: bytes, folder: str) -> Known:
     """Return the Known in a node.json."""
-    fields = Fields(data, f"{folder}/node.json")
-    if fields.integer("format") != FORMAT:
-        raise FormatError(f"{fields.what} is of format {fields.integer('format')}, this zbackup knows {FORMAT}")
+    fields = decode_file(data, f"{folder}/node.json")
     return Known(
         folder=folder,
         identity=fields.text("identity"),
@@ -971,10 +1053,14 @@ def decode_known(data: bytes, folder: str) -> Known:
         addresses=tuple(fields.texts("addresses")),
         first_seen=fields.integer("first_seen"),
         last_seen=fields.integer("last_seen"),
+        released=fields.integer("released", 0),
     )
 
 
-RESERVED = ("packs", "lock", "zbackup.json", "readme.txt", "index.sqlite", "index.sqlite-wal", "index.sqlite-shm")
+RESERVED = (
+    *("packs", "aside", "damage", "lock", "reserve", "readme.txt", "zbackup.json", "verified.json", "drill.json"),
+    *("index.sqlite", "index.sqlite-wal", "index.sqlite-shm"),
+)
 
 
 def name_folder(host: str) -> str:
@@ -1026,6 +1112,8 @@ class ServerSettings:
     pack_chunks: int = PACK_CHUNKS
     level: int = LEVEL
     heartbeat: float = HEARTBEAT
+    reserve: int = RESERVE
+    lock_wait: float = LOCK_WAIT
 
 
 # ==== 4. DISK: durable writes, locks, folders that cannot be left ====
@@ -1114,16 +1202,10 @@ def create_locked(prefix: str) -> tuple[int, str]:
         os.close(fd)
 
 
-def publish(temporary: str | bytes, path: str | bytes, replacing: bool, folder: int | None = None) -> None:
-    """Give a complete file its name in one step.
-
-    `folder` is a file descriptor that both names are relative to.
-    """
-    if replacing:
-        os.replace(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
-        return
+def _link_or_move(source: str | bytes, path: str | bytes, folder: int | None = None) -> bool:
+    """Give a file another name that is not taken; tells whether it has the first one still."""
     try:
-        os.link(temporary, path, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+        os.link(source, path, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
             raise
@@ -1131,20 +1213,31 @@ def publish(temporary: str | bytes, path: str | bytes, replacing: bool, folder: 
         with contextlib.suppress(FileNotFoundError):
             os.lstat(path, dir_fd=folder)
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
-        os.rename(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
-        return
-    os.unlink(temporary, dir_fd=folder)
+        os.rename(source, path, src_dir_fd=folder, dst_dir_fd=folder)
+        return False
+    return True
 
 
-def write_durably(path: str, data: bytes, replacing: bool = True) -> None:
-    """Put `data` at `path` so that it is there whole or not at all (I1).
+def publish(temporary: str | bytes, path: str | bytes, replacing: bool, folder: int | None = None) -> None:
+    """Give a complete file its name in one step.
+
+    `folder` is a file descriptor that both names are relative to.
+    """
+    if replacing:
+        os.replace(temporary, path, src_dir_fd=folder, dst_dir_fd=folder)
+    elif _link_or_move(temporary, path, folder):
+        os.unlink(temporary, dir_fd=folder)
+
+
+def make_durably(path: str, fill: Callable[[int], None], replacing: bool = True) -> None:
+    """Put a file, filled by `fill` through its descriptor, at `path`: whole or not at all (I1).
 
     With `replacing` false, FileExistsError where something stands there already.
     """
     folder = os.path.dirname(path)
     fd, temporary = create_locked(os.path.join(folder, TEMPORARY))
     try:
-        write_all(fd, data)
+        fill(fd)
         os.fsync(fd)
         publish(temporary, path, replacing)
     except BaseException:
@@ -1154,6 +1247,43 @@ def write_durably(path: str, data: bytes, replacing: bool = True) -> None:
     finally:
         os.close(fd)
     sync_folder(folder or ".")
+
+
+def write_durably(path: str, data: bytes, replacing: bool = True) -> None:
+    """Put `data` at `path`: whole or not at all (I1)."""
+    make_durably(path, lambda fd: write_all(fd, data), replacing)
+
+
+def move_durably(path: str, to: str) -> None:
+    """Move a file to a free name in another folder of the same disk: at no instant is it in neither."""
+    make_folder(os.path.dirname(to))
+    both = _link_or_move(path, to)
+    sync_folder(os.path.dirname(to))
+    if both:
+        os.unlink(path)
+    sync_folder(os.path.dirname(path))
+
+
+def remove_durably(path: str) -> None:
+    """Remove a file, if it is there, for good."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        sync_folder(os.path.dirname(path))
+
+
+def allocate(fd: int, size: int) -> None:
+    """Make a file of `size` bytes of zeros that really has its place on the disk."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.posix_fallocate(fd, 0, size)
+        return
+    for start in range(0, size, CHUNK):  # a system or a filesystem without it; a full disk says so here
+        write_all(fd, bytes(min(CHUNK, size - start)))
+
+
+def count_free(path: str) -> int:
+    """Return the bytes that a user without special rights may still write beside `path`."""
+    found = os.statvfs(path)
+    return found.f_bavail * found.f_frsize
 
 
 def clone_file(source: int, target: int) -> bool:
@@ -1714,8 +1844,20 @@ packs/ab/abcd....pack  chunks.  The name is the SHA-256 of the file: `sha256sum`
 A chunk's digest is SHA-256(h1 h2 ...), where hi is the first 16 bytes of the SHA-256 of its
 i-th 4096 bytes.
 
-index.sqlite can be deleted: it is made again from the packs.
+Every .json file here ends in a member "sha256": the SHA-256 of all bytes of the file before the
+comma that leads to it.
+
+index.sqlite can be deleted: it is made again from the packs.  reserve holds nothing: it is given
+back when the disk is full.  <machine>/trash has snapshots that were removed (NAME~WHEN.json);
+aside/ has what `repair` found damaged and moved out of the way.
 """
+
+
+def refuse(error: OSError, what: str) -> StoreError:
+    """Return what a disk refused as a StoreError; `what` could not be done, unless the disk is full."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return FullStore(f"the store is full: {explain(error)}; see `prune`, which makes room also then")
+    return StoreError(f"the store {what}: {explain(error)}")
 
 
 @contextlib.contextmanager
@@ -1724,8 +1866,7 @@ def writing(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StoreError(f"the store {'is full' if full else 'cannot be written'} ({path}): {explain(error)}") from None
+        raise refuse(error, f"cannot be written ({path})") from None
 
 
 INCOMING = "incoming-"  # prefix of a pack in the making
@@ -1747,6 +1888,13 @@ class Place:
     place: int
 
 
+def remove_index(path: str) -> None:
+    """Remove an index: the log first, since another database must not meet it."""
+    for end in ("-wal", "-shm", ""):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + end)
+
+
 class Index:
     """From digest to place, in SQLite; a cache of what the packs say (I4).
 
@@ -1763,9 +1911,7 @@ class Index:
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if re.search("locked|readonly|full|unable to open|I/O", str(error)):
                 raise  # not the index's fault
-            for end in ("", "-wal", "-shm"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path + end)
+            remove_index(path)
             self._connection = self._open()
 
     def _open(self) -> sqlite3.Connection:
@@ -1823,12 +1969,64 @@ class Index:
         if pack is not None:
             self._names[pack] = name
 
-    def clear(self) -> None:
-        """Forget all, since packs are gone: others may hold what they held."""
-        with self._locked(), self._transaction():
-            self._connection.execute("DELETE FROM chunks")
-            self._connection.execute("DELETE FROM packs")
-            self._names = {}
+    def count_rows(self) -> dict[str, int]:
+        """Return the number of rows that it has for each pack; those of none under ""."""
+        select = "SELECT name, COUNT(*) FROM chunks LEFT JOIN packs ON id = pack GROUP BY pack"
+        with self._locked():
+            return {name or "": count for name, count in self._connection.execute(select)}
+
+    def list_digests(self, name: str) -> list[bytes]:
+        """Return the digests that it has for a pack."""
+        select = "SELECT digest FROM chunks WHERE pack = (SELECT id FROM packs WHERE name = ?)"
+        with self._locked():
+            return [row[0] for row in self._connection.execute(select, (name,))]
+
+    def check(self) -> None:
+        """Let SQLite look through the whole file; StoreError where it finds something amiss."""
+        with self._locked():
+            found = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if found != "ok":
+            raise StoreError(f"SQLite says of it: {found}")
+
+    def has_rows(self, name: str, rows: Sequence[tuple[bytes, int, int]]) -> bool:
+        """Tell whether it has all these rows (digest, record, place) for a pack."""
+        for start in range(0, len(rows), 500):
+            group = rows[start : start + 500]
+            places = self.find_all([digest for digest, _, _ in group])
+            if any(Place(name, record, place) not in places.get(digest, []) for digest, record, place in group):
+                return False
+        return True
+
+    def remove_pack(self, name: str, digests: Iterable[bytes] | None = None) -> None:
+        """Forget a pack, and what it held; durable on return, or a pack that is removed then would be missed.
+
+        Without the digests that it holds, all rows are looked at.
+        """
+        of_pack = "pack = (SELECT id FROM packs WHERE name = ?)"
+        with self._locked():
+            self._connection.execute("PRAGMA synchronous = FULL")
+            try:
+                with self._transaction():
+                    if digests is None:
+                        self._connection.execute(f"DELETE FROM chunks WHERE {of_pack}", (name,))
+                    else:
+                        rows = ((digest, name) for digest in digests)
+                        self._connection.executemany(f"DELETE FROM chunks WHERE digest = ? AND {of_pack}", rows)
+                    self._connection.execute("DELETE FROM packs WHERE name = ?", (name,))
+            finally:
+                self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._names = {number: known for number, known in self._names.items() if known != name}
+
+    def reset(self, in_memory: bool = False) -> None:
+        """Begin anew with nothing, whatever state the file is in; who has it open keeps the old one.
+
+        With `in_memory` the file is gone then, and its room free.
+        """
+        with self._locked():
+            self._connection.close()
+            remove_index(self.path)
+            self.path = ":memory:" if in_memory else self.path
+            self._connection = self._open()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -1880,8 +2078,8 @@ def list_packs(folder: str) -> dict[str, str]:
     return found
 
 
-def read_pack_index(path: str) -> list[tuple[bytes, int, int]]:
-    """Return digest, record and place of all that a pack holds; FormatError where it is damaged."""
+def read_footer(path: str) -> Iterator[tuple[int, int, list[bytes]]]:
+    """Return offset, kind and digests of each record of a pack; FormatError where it is damaged."""
     with open(path, "rb") as file:
         if file.read(len(PACK_HEADER)) != PACK_HEADER:
             raise FormatError("it does not start as a pack")
@@ -1895,8 +2093,12 @@ def read_pack_index(path: str) -> list[tuple[bytes, int, int]]:
             raise FormatError("its end names a place outside of it")
         file.seek(start)
         footer = file.read(size - TRAILER.size - start)
-    records = decode_footer(footer, proof)
-    return [(digest, offset, place) for offset, digests in records for place, digest in enumerate(digests)]
+    return decode_footer(footer, proof)
+
+
+def read_pack_index(path: str) -> list[tuple[bytes, int, int]]:
+    """Return digest, record and place of all that a pack holds; FormatError where it is damaged."""
+    return [(digest, offset, place) for offset, _, digests in read_footer(path) for place, digest in enumerate(digests)]
 
 
 class PackWriter:
@@ -1911,6 +2113,8 @@ class PackWriter:
         self.codec, self.level = codec, level
         self.added = 0  # bytes of all packs sealed, and of the one in the making
         self.distrusted: set[bytes] = set()  # digests to be stored although the store seems to have them
+        self.sealed: list[str] = []  # names of the packs that are durable
+        self._failure: StoreError | None = None  # after it nothing more is written: a record may be torn
         self.fd = -1
         self._path = ""
         self._start()
@@ -1925,13 +2129,25 @@ class PackWriter:
         self._patches: list[tuple[bytes, bytes]] = []
         self._waiting: set[bytes] = set()  # digests in _pieces and _patches
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self._failure:
+            raise self._failure
+        try:
+            with writing(self.folder):
+                yield
+        except StoreError as error:
+            self._failure = error
+            self.abandon()
+            raise
+
     def _open(self) -> None:
-        with writing(self.folder):
+        with self._writing():
             self.fd, self._path = create_locked(os.path.join(self.folder, INCOMING))
         self._write(PACK_HEADER)
 
     def _write(self, data: bytes) -> None:
-        with writing(self.folder):
+        with self._writing():
             write_all(self.fd, data)
         self._hash.update(data)
         self._size += len(data)
@@ -2040,7 +2256,7 @@ class PackWriter:
         self._write(encode_footer(self._records, self._size))
         name = self._hash.hexdigest()
         folder = os.path.join(self.folder, name[:2])
-        with writing(self.folder):
+        with self._writing():
             os.fsync(self.fd)
             make_folder(folder)
             os.rename(self._path, os.path.join(folder, name + ".pack"))
@@ -2049,6 +2265,7 @@ class PackWriter:
         self.index.put_pack(name, ((d, at, i) for at, _, digests in self._records for i, d in enumerate(digests)))
         os.close(self.fd)
         self.fd = -1
+        self.sealed.append(name)
         self._start()
 
     def abandon(self) -> None:
@@ -2060,6 +2277,18 @@ class PackWriter:
             self.fd = -1
 
 
+def load_record(fd: int, offset: int) -> Record:
+    """Return the head and table of the record at an offset of a pack; FormatError where there is none."""
+    head = read_range(fd, RECORD.size, offset)
+    size = decode_record_head(head, offset)[3]
+    return decode_record(head, read_range(fd, size, offset + RECORD.size), offset)
+
+
+def load_raw(fd: int, record: Record) -> bytes:
+    """Return the data of a record of a pack, decompressed."""
+    return decompress(record.codec, read_range(fd, record.stored, record.data_offset), record.raw)
+
+
 def _remember(cache: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
     cache[key] = value
     if len(cache) > most:
@@ -2069,9 +2298,10 @@ def _remember(cache: OrderedDict[Any, Any], key: object, value: object, most: in
 class Reader:
     """Chunks by their digests; belongs to one thread."""
 
-    def __init__(self, packs: str, index: Index, frames: int = 32) -> None:
+    def __init__(self, packs: str, index: Index, lost: frozenset[bytes] = frozenset(), frames: int = 32) -> None:
         self.packs = packs
         self.index = index
+        self.lost = lost  # digests that no pack gave when the store was repaired
         self.open_pack: PackWriter | None = None  # looked into first
         self.distrusted: set[bytes] = set()  # digests that could not be read: to be stored anew
         self._files: OrderedDict[str, int] = OrderedDict()  # descriptors of the last packs read
@@ -2123,10 +2353,7 @@ class Reader:
         """Return the head and table of the record at a place."""
         key = (place.pack, place.record)
         if key not in self._records:
-            fd = self._file(place.pack)
-            head = read_range(fd, RECORD.size, place.record)
-            table = decode_record_head(head, place.record)[3]
-            record = decode_record(head, read_range(fd, table, place.record + RECORD.size), place.record)
+            record = load_record(self._file(place.pack), place.record)
             if place.pack:
                 _remember(self._records, key, record, 128)
             return record
@@ -2136,8 +2363,7 @@ class Reader:
     def _raw(self, place: Place, record: Record) -> bytes:
         key = (place.pack, place.record)
         if key not in self._raws:
-            stored = read_range(self._file(place.pack), record.stored, record.data_offset)
-            raw = decompress(record.codec, stored, record.raw)
+            raw = load_raw(self._file(place.pack), record)
             if place.pack:
                 _remember(self._raws, key, raw, self._frames)
             return raw
@@ -2221,14 +2447,44 @@ class Reader:
 
     def pages(self, digest: bytes) -> bytes:
         """Return the page hashes of a chunk, without reading its content where they are stored."""
+        pages = self._join_pages(self.runs(digest))
+        return pages if digest_pages(pages) == digest else hash_pages(self.get(digest))
+
+    def _join_pages(self, runs: Iterable[Run]) -> bytes:
         parts = []
-        for run in self.runs(digest):
+        for run in runs:
             if run.offset % PAGE:
                 break  # not made of pages: the digest tells
             start, end = run.offset // PAGE, count_pages(run.offset + run.length)
             parts.append(self._first(run.source, self._read_pages)[start * PAGE_HASH : end * PAGE_HASH])
-        pages = b"".join(parts)
-        return pages if digest_pages(pages) == digest else hash_pages(self.get(digest))
+        return b"".join(parts)
+
+    def gives(self, digest: bytes, runs: Sequence[Run]) -> bool:
+        """Tell whether runs of whole chunks give the chunk of this digest."""
+        try:
+            if digest_pages(self._join_pages(runs)) == digest:
+                return True
+            return digest_pages(hash_pages(self._assemble(runs, self.get))) == digest
+        except (StoreError, FormatError):
+            return False
+
+    def has(self, digest: bytes) -> bool:
+        """Tell whether a chunk that was lost can be read again; one that cannot is to be stored anew."""
+        with contextlib.suppress(StoreError, FormatError):
+            self.get(digest)
+            return True
+        return False
+
+    def find_sound(self, digest: bytes) -> Place | None:
+        """Return the first place that gives a chunk as it was: whole ones first, since patches draw from them."""
+        sound: list[tuple[bool, Place]] = []
+        for place in self.find(digest):
+            with contextlib.suppress(StoreError, FormatError, OSError):
+                record = self.record(place)
+                self._check_row(record, place, digest)
+                self._read_chunk(place, digest)
+                sound.append((record.kind != FRAME, place))
+        return min(sound, key=lambda found: found[0])[1] if sound else None
 
     def _read_pages(self, place: Place, digest: bytes) -> bytes:
         record = self.record(place)
@@ -2286,7 +2542,7 @@ def list_entries(
         try:
             entries = [Entry.decode(line) for line in reader.get(digest).split(b"\n")[:-1]]
         except (StoreError, FormatError) as error:
-            if on_damage is None:
+            if on_damage is None or isinstance(error, FullStore):
                 raise
             on_damage(error)
             continue
@@ -2317,7 +2573,7 @@ def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
 def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bool]]:
     """Yield entries, and whether the store has all chunks that each one names.
 
-    Lists are looked into; what a patch draws from is not.
+    Lists are looked into; what a patch draws from is looked at only where `repair` found it lost.
     """
     while True:
         group = list(itertools.islice(entries, 256))
@@ -2329,7 +2585,9 @@ def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Ent
                 with contextlib.suppress(StoreError, FormatError):
                     chunks = list_chunks(reader, entry.content)
                     digests += [chunk for chunk in chunks if isinstance(chunk, bytes)]
-        found = reader.index.find([digest for digests in names for digest in digests])
+        found = set(reader.index.find([digest for digests in names for digest in digests]))
+        if reader.lost:
+            found = {digest for digest in found if digest not in reader.lost or reader.has(digest)}
         for entry, digests in zip(group, names):
             yield entry, all(digest in found for digest in digests)
 
@@ -2380,32 +2638,47 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-class LinkTable:
-    """What is known of files with several names, on disk: there may be millions."""
+class TemporaryTable:
+    """Tables for this run alone, on disk where they are large: there may be millions of rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, *schema: str) -> None:
         import sqlite3
 
         self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # a private temporary file
-        self._table.execute(
-            "CREATE TABLE links (device INTEGER, inode INTEGER, value BLOB, PRIMARY KEY (device, inode))"
-        )
-        self._table.execute("BEGIN")
+        self.execute("PRAGMA cache_size = -32768")  # KiB: on a full disk, most stores need none of it
+        for statement in (*schema, "BEGIN"):
+            self.execute(statement)
 
-    def put(self, key: tuple[int, int], value: bytes) -> None:
-        """Keep a value for a device and an inode."""
-        self._table.execute("INSERT OR REPLACE INTO links VALUES (?, ?, ?)", (*map(_signed, key), value))
+    def execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Return the cursor of one statement; BackupError where the folder for temporary files is full."""
+        import sqlite3
 
-    def get(self, key: tuple[int, int]) -> bytes | None:
-        """Return the value for a device and an inode, if there is one."""
-        row = self._table.execute(
-            "SELECT value FROM links WHERE device = ? AND inode = ?", tuple(map(_signed, key))
-        ).fetchone()
-        return bytes(row[0]) if row else None
+        try:
+            return self._table.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            raise BackupError(f"a temporary table: {error}; name a folder with room in SQLITE_TMPDIR") from None
 
     def close(self) -> None:
         """Forget all."""
         self._table.close()
+
+
+class LinkTable(TemporaryTable):
+    """What is known of files with several names."""
+
+    def __init__(self) -> None:
+        super().__init__("CREATE TABLE links (device INTEGER, inode INTEGER, value BLOB, PRIMARY KEY (device, inode))")
+
+    def put(self, key: tuple[int, int], value: bytes) -> None:
+        """Keep a value for a device and an inode."""
+        self.execute("INSERT OR REPLACE INTO links VALUES (?, ?, ?)", (*map(_signed, key), value))
+
+    def get(self, key: tuple[int, int]) -> bytes | None:
+        """Return the value for a device and an inode, if there is one."""
+        row = self.execute(
+            "SELECT value FROM links WHERE device = ? AND inode = ?", tuple(map(_signed, key))
+        ).fetchone()
+        return bytes(row[0]) if row else None
 
 
 class ChunkTable:
@@ -2451,25 +2724,77 @@ class Progress:
 def encode_progress(progress: Progress) -> bytes:
     """Return the progress.json of a node."""
     fields = {
-        "format": FORMAT,
         "blocks": [digest.hex() for digest in progress.blocks],
         "tail": [line.decode("ascii") for line in progress.tail],
         "current": progress.current.encode().decode("ascii") if progress.current else "",
     }
-    return write_json(fields).encode("ascii")
+    return encode_file(fields)
 
 
 def decode_progress(data: bytes) -> Progress:
     """Return the Progress in a progress.json."""
-    fields = Fields(data, "progress.json")
-    if fields.integer("format") != FORMAT:
-        fields.wrong("format")
+    fields = decode_file(data, "progress.json")
     current = fields.text("current", "", ENTRY_LIMIT).encode("ascii", "replace")
     return Progress(
         blocks=tuple(decode_digest(text) for text in fields.texts("blocks", 1 << 30)),
         tail=tuple(line.encode("ascii", "replace") for line in fields.texts("tail", 1 << 20, ENTRY_LIMIT)),
         current=Entry.decode(current) if current else None,
     )
+
+
+@dataclass(frozen=True)
+class LatestState:
+    """Which snapshot the folder `latest` shows, and what else of older ones may be there."""
+
+    snapshot: str = ""
+    next: str = ""  # the snapshot that it is being made to show
+    token: str = ""  # of the temporary names of the run that makes it
+    older: tuple[str, ...] = ()  # snapshots whose files stay while a folder cannot be read
+
+    @property
+    def snapshots(self) -> tuple[str, ...]:
+        """All snapshots whose files may be in it, the oldest first."""
+        return tuple(name for name in (*self.older, self.snapshot, self.next) if name)
+
+
+OLDER_KEPT = 20  # snapshots; beyond them what is left in `latest` is the user's to remove
+
+
+def decode_latest(data: bytes) -> LatestState:
+    """Return the LatestState in a latest.json."""
+    fields = decode_file(data, "latest.json")
+    snapshot, following, token = (fields.text(name, "") for name in ("snapshot", "next", "token"))
+    return LatestState(snapshot, following, token, tuple(fields.texts("older", OLDER_KEPT)))
+
+
+@dataclass(frozen=True)
+class Trashed:
+    """A snapshot that was removed and can still be brought back."""
+
+    snapshot: Snapshot
+    removed: int  # ns, server's clock
+    path: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What `repair` could not give back: it is asked for again, and then healed, where a node still has it."""
+
+    digests: frozenset[bytes] = frozenset()
+    snapshots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # those harmed, by node
+
+
+def encode_lost(lost: Lost) -> bytes:
+    """Return the damage/lost.json of a store."""
+    return encode_file({"digests": sorted(digest.hex() for digest in lost.digests), "snapshots": dict(lost.snapshots)})
+
+
+def decode_lost(data: bytes) -> Lost:
+    """Return the Lost in a damage/lost.json."""
+    fields = decode_file(data, "damage/lost.json")
+    snapshots = Fields.inside(fields.values.get("snapshots", {}), "damage/lost.json: snapshots")
+    names = {node: tuple(snapshots.texts(node, 1 << 30)) for node in snapshots.values}
+    return Lost(frozenset(map(decode_digest, fields.texts("digests", 1 << 30))), names)
 
 
 def note_once(problems: list[str], sentence: str) -> None:
@@ -2486,6 +2811,7 @@ class NodeFolder:
         self.problems = problems  # of the store: what is damaged
         self.path = os.path.join(store, name)
         self.snapshots = os.path.join(self.path, "snapshots")
+        self.trash = os.path.join(self.path, "trash")
 
     def make(self) -> None:
         """Make the folder durably."""
@@ -2497,7 +2823,7 @@ class NodeFolder:
         try:
             return lock_file(os.path.join(self.path, "lock"), shared=False)
         except BlockingIOError:
-            raise StoreError(f"another run is copying {self.name} at this moment") from None
+            raise LockedStore(f"another run is copying {self.name} at this moment") from None
 
     def load_known(self) -> Known:
         """Return what is known of the node."""
@@ -2555,6 +2881,50 @@ class NodeFolder:
                 return named
         raise AssertionError("itertools.count ended")
 
+    def list_trash(self) -> list[Trashed]:
+        """Return the snapshots that were removed, in the order they were made; a damaged one is noted."""
+        found = []
+        with contextlib.suppress(FileNotFoundError):
+            for file in sorted(os.listdir(self.trash)):
+                name, _, removed = file[: -len(".json")].partition("~")
+                if file.endswith(".json") and not file.startswith("."):
+                    path = os.path.join(self.trash, file)
+                    try:
+                        moment = parse_time(removed)
+                        with open(path, "rb") as data:
+                            found.append(Trashed(decode_snapshot(data.read(), self.name, name), moment, path))
+                    except (FormatError, OSError) as error:
+                        note_once(self.problems, f"snapshot {self.name}/trash/{file} cannot be read: {error}")
+        return sorted(found, key=lambda trashed: trashed.snapshot.sequence)
+
+    def remove_snapshot(self, name: str, now: int) -> None:
+        """Move a snapshot to the trash."""
+        with writing(self.path):
+            move_durably(
+                os.path.join(self.snapshots, f"{name}.json"), os.path.join(self.trash, f"{name}~{name_time(now)}.json")
+            )
+
+    def undelete_snapshot(self, trashed: Trashed) -> None:
+        """Bring a snapshot back from the trash."""
+        to = os.path.join(self.snapshots, f"{trashed.snapshot.name}.json")
+        with writing(self.path):
+            try:
+                move_durably(trashed.path, to)
+            except FileExistsError:
+                if self.load_snapshot(trashed.snapshot.name) != trashed.snapshot:
+                    raise StoreError(f"{self.name} has another snapshot {trashed.snapshot.name}") from None
+                remove_durably(trashed.path)  # an earlier move was interrupted
+
+    def load_latest(self) -> LatestState:
+        """Return what the folder `latest` shows; nothing where that is not known."""
+        with contextlib.suppress(OSError, FormatError), open(os.path.join(self.path, "latest.json"), "rb") as file:
+            return decode_latest(file.read())
+        return LatestState()
+
+    def save_latest(self, state: LatestState) -> None:
+        """Keep what the folder `latest` shows."""
+        write_durably(os.path.join(self.path, "latest.json"), encode_file(vars(state)))
+
     def load_progress(self) -> Progress:
         """Return what the last pull had when it was cut off; nothing where it was not."""
         try:
@@ -2574,6 +2944,9 @@ class NodeFolder:
             os.unlink(os.path.join(self.path, "progress.json"))
 
 
+LOST_PACK, BAD_PACK = "lost", "damaged"  # what may be noted of a pack, until `repair` has dealt with it
+
+
 class Store:
     """A folder of packs and snapshots, opened and locked against deletion."""
 
@@ -2581,35 +2954,100 @@ class Store:
         self.path = path
         self.identity = identity
         self.packs = os.path.join(path, "packs")
+        self.damage = os.path.join(path, "damage")
+        self.aside = os.path.join(path, "aside")
         self.index = index
         self.problems: list[str] = []  # what is damaged, found while opening
         self._lock = lock
-        self._load_index()
+        self.load_index()
+        self.lost = self._load_lost()
 
     def close(self) -> None:
         """Give up the lock."""
         self.index.close()
         os.close(self._lock)
 
-    def _load_index(self) -> None:
-        """Make the index say what the packs say (I4)."""
+    def load_index(self) -> None:
+        """Make the index say what the packs say (I4); what is damaged is noted until `repair` has seen to it."""
         known = self.index.list_packs()  # first: other processes add packs meanwhile
         packs = list_packs(self.packs)
-        self.problems += [
-            f"pack {name} is lost, and with it parts of snapshots" for name in sorted(known - packs.keys())
-        ]
-        if self.problems:
-            self.index.clear()
-            known = set()
+        for name in sorted(known - packs.keys()):
+            self.note_damage(name, LOST_PACK)
+            self.index.remove_pack(name)  # others may hold what it held
+        for name, what in self.list_damage(packs).items():
+            note_once(self.problems, f"pack {name} is {what}, and with it parts of snapshots; see `repair`")
         for name in sorted(packs.keys() - known):
             try:
                 self.index.put_pack(name, read_pack_index(packs[name]))
             except (FormatError, OSError) as error:
-                self.problems.append(f"pack {packs[name]} cannot be read: {error}")
+                note_once(self.problems, f"pack {packs[name]} cannot be read: {error}; see `repair`")
+
+    def note_damage(self, pack: str, what: str) -> None:
+        """Remember that a pack is lost or damaged, for all runs until `repair`."""
+        note_once(self.problems, f"pack {pack} is {what}, and with it parts of snapshots; see `repair`")
+        with contextlib.suppress(OSError):  # a store that is full, or cannot be written: told in this run
+            make_folder(self.damage)
+            write_durably(os.path.join(self.damage, f"{pack}.{what}"), b"")
+
+    def list_damage(self, packs: Mapping[str, str]) -> dict[str, str]:
+        """Return what is noted of packs; not of a lost one that is back, nor of a damaged one that is gone."""
+        found = {}
+        with contextlib.suppress(FileNotFoundError):
+            for file in sorted(os.listdir(self.damage)):
+                name, _, what = file.partition(".")
+                if (what == LOST_PACK and name not in packs) or (what == BAD_PACK and name in packs):
+                    found[name] = what
+        return found
+
+    def forget_damage(self) -> None:
+        """Drop all notes on packs: `repair` has dealt with them."""
+        with contextlib.suppress(FileNotFoundError):
+            for file in os.listdir(self.damage):
+                if file.endswith((f".{LOST_PACK}", f".{BAD_PACK}")):
+                    os.unlink(os.path.join(self.damage, file))
+
+    def _load_lost(self) -> Lost:
+        try:
+            with open(os.path.join(self.damage, "lost.json"), "rb") as file:
+                return decode_lost(file.read())
+        except (FileNotFoundError, NotADirectoryError):
+            return Lost()
+        except (FormatError, OSError) as error:
+            note_once(self.problems, f"damage/lost.json cannot be read: {error}; see `repair`")
+            return Lost()
+
+    def save_lost(self, lost: Lost) -> None:
+        """Keep what could not be healed; no file where that is nothing."""
+        path = os.path.join(self.damage, "lost.json")
+        with writing(path):
+            if lost.digests or lost.snapshots:
+                make_folder(self.damage)
+                write_durably(path, encode_lost(lost))
+            else:
+                remove_durably(path)
+        self.lost = lost
+
+    def save_reserve(self, size: int) -> bool:
+        """Keep `size` bytes for the day when the disk is full; False where there is no room for that."""
+        path = os.path.join(self.path, "reserve")
+        there = os.path.getsize(path) if os.path.exists(path) else 0
+        if there == size:
+            return True
+        if there > size or count_free(self.path) < 4 * size:
+            self.drop_reserve()
+            return size == 0
+        with writing(path):
+            make_durably(path, lambda fd: allocate(fd, size))
+        return True
+
+    def drop_reserve(self) -> None:
+        """Give the reserve back to the disk."""
+        with writing(self.path):
+            remove_durably(os.path.join(self.path, "reserve"))
 
     def reader(self) -> Reader:
         """Return a Reader for one thread."""
-        return Reader(self.packs, self.index)
+        return Reader(self.packs, self.index, self.lost.digests)
 
     def node(self, name: str) -> NodeFolder:
         """Return a node's folder, which need not exist."""
@@ -2617,7 +3055,7 @@ class Store:
 
     def list_nodes(self) -> list[Known]:
         """Return all nodes that have a folder, by name."""
-        return [self._load_known(name) for name in sorted(os.listdir(self.path)) if self._is_node(name)]
+        return [self.load_known(name) for name in sorted(os.listdir(self.path)) if self._is_node(name)]
 
     def _is_node(self, name: str) -> bool:
         if os.path.exists(os.path.join(self.path, name, "node.json")):
@@ -2625,7 +3063,7 @@ class Store:
         snapshots = os.path.join(self.path, name, "snapshots")  # empty while another run makes the folder
         return os.path.isdir(snapshots) and any(entry.endswith(".json") for entry in os.listdir(snapshots))
 
-    def _load_known(self, name: str) -> Known:
+    def load_known(self, name: str) -> Known:
         """Return what is known of a node: its snapshots tell too, should its node.json be lost."""
         try:
             return self.node(name).load_known()
@@ -2639,7 +3077,13 @@ class Store:
         return Known(name, last.identity, last.host, (last.address,), first.started, last.started)
 
 
-STORE_NAMES = ("packs", "lock", "README.txt", "lost+found")  # what a store may have before it is one
+STORE_NAMES = ("packs", "lock", "README.txt", "reserve", "lost+found")  # what a store may have before it is one
+
+
+def encode_identity(identity: str) -> bytes:
+    """Return the zbackup.json of a store; it also tells whether README.txt is what it was."""
+    proof = hashlib.sha256(STORE_README.encode("ascii")).hexdigest()
+    return encode_file({"id": identity, "features": list(FEATURES), "readme": proof})
 
 
 def _create_store(path: str) -> None:
@@ -2654,17 +3098,14 @@ def _create_store(path: str) -> None:
     make_folder(os.path.join(path, "packs"))
     write_durably(os.path.join(path, "README.txt"), STORE_README.encode("ascii"))
     # Last, since its presence makes the folder a store.
-    fields = {"format": FORMAT, "id": secrets.token_hex(16), "features": list(FEATURES)}
     with contextlib.suppress(FileExistsError):
-        write_durably(os.path.join(path, "zbackup.json"), (json.dumps(fields) + "\n").encode("ascii"), replacing=False)
+        write_durably(os.path.join(path, "zbackup.json"), encode_identity(secrets.token_hex(16)), replacing=False)
 
 
 def _load_identity(path: str) -> str:
     try:
         with open(os.path.join(path, "zbackup.json"), "rb") as file:
-            fields = Fields(file.read(), "zbackup.json")
-        if fields.integer("format") != FORMAT:
-            raise StoreError(f"the store {path} is of format {fields.integer('format')}; this zbackup knows {FORMAT}")
+            fields = decode_file(file.read(), "zbackup.json")
         unknown = set(fields.texts("features")) - set(FEATURES)
         if unknown:
             raise StoreError(
@@ -2673,45 +3114,91 @@ def _load_identity(path: str) -> str:
         return fields.text("id")
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path} is not a zbackup store: it has no zbackup.json") from None
+    except OtherFormat as error:
+        raise StoreError(f"the store {path} cannot be read: {error}") from None
     except FormatError as error:
-        raise StoreError(f"the store {path} is damaged: {error}") from None
+        raise StoreError(f"the store {path} is damaged: {error}; see `repair`") from None
 
 
-def open_index(path: str) -> Index:
-    """Return the index of the store at `path`; one in memory where the store cannot be written."""
+def open_index(path: str, alone: bool = False) -> Index:
+    """Return the index of the store at `path`; one in memory where the store cannot be written.
+
+    Who is alone in the store does without the file where the disk has no room for it.
+    """
     import sqlite3
 
     try:
         return Index(os.path.join(path, "index.sqlite"))
     except (sqlite3.OperationalError, OSError):
-        if os.access(path, os.W_OK):
-            raise StoreError(f"the index of the store {path} cannot be opened; see whether the disk is full") from None
+        if alone:
+            remove_index(os.path.join(path, "index.sqlite"))
+        elif os.access(path, os.W_OK):
+            raise StoreError(f"the index of the store {path} cannot be opened; if the disk is full, `prune`") from None
         return Index(":memory:")
 
 
-def open_store(path: str, create: bool = False) -> Store:
+def lock_store(path: str, alone: bool) -> int:
+    """Return a descriptor that holds the lock of the store at `path`, shared unless `alone`."""
+    try:
+        return lock_file(os.path.join(path, "lock"), shared=not alone)
+    except BlockingIOError:
+        what = "in use by another run" if alone else "locked by another run that deletes"
+        raise LockedStore(f"the store {path} is {what}; try again later, or with a longer --lock-wait") from None
+
+
+def open_store(path: str, create: bool = False, alone: bool = False) -> Store:
     """Return the store at `path`; with `create`, one is made in a folder that is empty or absent.
 
-    Raises StoreError when it is no store, of a newer format, or being pruned.
+    With `alone` nobody else has it open, as deleting demands; the disk may be full then, so the
+    reserve is given back.  Raises StoreError when it is no store or of a newer format,
+    LockedStore when others have it open who must not.
     """
     try:
         if create and not os.path.exists(os.path.join(path, "zbackup.json")):
             _create_store(path)
         identity = _load_identity(path)
-        lock = lock_file(os.path.join(path, "lock"), shared=True)
+        lock = lock_store(path, alone)
         try:
-            return Store(path, identity, lock, open_index(path))
+            if alone:
+                remove_durably(os.path.join(path, "reserve"))
+            return Store(path, identity, lock, open_index(path, alone))
         except BaseException:
             os.close(lock)
             raise
-    except BlockingIOError:
-        raise StoreError(f"the store {path} is locked by another run that deletes") from None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StoreError(f"the store {path} {'is full' if full else 'cannot be opened'}: {explain(error)}") from None
+        raise refuse(error, f"{path} cannot be opened") from None
 
 
-# ==== 8. KEEP: what may be deleted ====
+# ==== 8. KEEP: what may go, what is damaged, and what is done about it ====
+
+
+class DigestTable(TemporaryTable):
+    """A set of digests."""
+
+    def __init__(self) -> None:
+        super().__init__("CREATE TABLE digests (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+
+    def put(self, digests: Iterable[bytes]) -> list[bytes]:
+        """Add digests; returns those that were not there."""
+        insert = "INSERT OR IGNORE INTO digests VALUES (?)"
+        return [digest for digest in digests if self.execute(insert, (digest,)).rowcount]
+
+    def find(self, digests: Sequence[bytes]) -> set[bytes]:
+        """Return those of the digests that are there."""
+        found: set[bytes] = set()
+        for start in range(0, len(digests), 500):
+            group = digests[start : start + 500]
+            select = f"SELECT digest FROM digests WHERE digest IN ({','.join('?' * len(group))})"
+            found.update(row[0] for row in self.execute(select, group))
+        return found
+
+    def list_all(self) -> Iterator[bytes]:
+        """Yield all digests."""
+        for row in self.execute("SELECT digest FROM digests"):
+            yield row[0]
+
+
+# ---- leftovers of dead processes ----
 
 
 @dataclass(frozen=True)
@@ -2723,13 +3210,13 @@ class Leftovers:
 
 def plan_leftovers(store: Store) -> Leftovers:
     """Return the unfinished packs and other files whose writers are gone."""
-    folders = [store.path, store.packs]
+    folders = [store.path, store.packs, store.damage]
     for name in os.listdir(store.path):
         node = store.node(name)
         if os.path.isdir(node.snapshots):
-            folders += [node.path, node.snapshots]
+            folders += [node.path, node.snapshots, node.trash]
     found = []
-    for folder in folders:
+    for folder in filter(os.path.isdir, folders):
         for entry in os.scandir(folder):
             if entry.name.startswith((INCOMING, TEMPORARY)) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):
@@ -2747,6 +3234,1003 @@ def execute_leftovers(plan: Leftovers) -> None:
                 os.unlink(path)
             finally:
                 os.close(fd)
+
+
+# ---- retention: which snapshots stay ----
+
+BUCKETS = {"hourly": "%Y-%m-%d %H", "daily": "%Y-%m-%d", "weekly": "%G-W%V", "monthly": "%Y-%m", "yearly": "%Y"}
+PERIODS = ("last", *BUCKETS)
+Rule = tuple[str, int]  # one of PERIODS, and how many of them
+
+
+@dataclass(frozen=True)
+class History:
+    """All snapshots of one node, and what bears on which of them may go."""
+
+    node: str
+    snapshots: tuple[Snapshot, ...]  # in the order they were made
+    trash: tuple[Trashed, ...] = ()
+    unread: int = 0  # snapshots, in the trash or not, that cannot be read
+    harmed: frozenset[str] = frozenset()  # snapshots that have lost content
+    shown: frozenset[str] = frozenset()  # snapshots that `latest` needs
+    released: int = 0  # sequence of the last one whose alarm is answered
+
+    @property
+    def alarm(self) -> Snapshot | None:
+        """The last snapshot that looks as if data were lost, unless the user has answered that."""
+        alarms = [snapshot for snapshot in self.snapshots if snapshot.alarm and snapshot.sequence > self.released]
+        return alarms[-1] if alarms else None
+
+
+def count_files(folder: str) -> int:
+    """Return the number of JSON files in a folder, none where it is missing."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(name.endswith(".json") and not name.startswith(".") for name in os.listdir(folder))
+    return 0
+
+
+def load_history(store: Store, name: str) -> History:
+    """Return all snapshots of a node."""
+    folder = store.node(name)
+    snapshots, trash = folder.list_snapshots(), folder.list_trash()
+    released = 0
+    with contextlib.suppress(OSError, FormatError):
+        released = folder.load_known().released
+    return History(
+        node=name,
+        snapshots=tuple(snapshots),
+        trash=tuple(trash),
+        unread=count_files(folder.snapshots) + count_files(folder.trash) - len(snapshots) - len(trash),
+        harmed=frozenset(store.lost.snapshots.get(name, ())),
+        shown=frozenset(folder.load_latest().snapshots if os.path.isdir(os.path.join(folder.path, "latest")) else ()),
+        released=released,
+    )
+
+
+def name_bucket(period: str, snapshot: Snapshot) -> str:
+    """Return the hour, day, week, month or year of local time that a snapshot belongs to."""
+    import datetime
+
+    if period == "last":
+        return snapshot.name
+    moment = datetime.datetime.fromtimestamp(snapshot.started // 10**9)
+    fold = f" {moment.fold}" if period == "hourly" else ""  # the hour that comes twice when summer ends
+    return moment.strftime(BUCKETS[period]) + fold
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether a snapshot stays, and why."""
+
+    snapshot: Snapshot
+    keep: bool
+    reason: str
+
+
+def choose_by_rule(newest: Sequence[Snapshot], counted: Set[str], rule: Rule) -> dict[str, str]:
+    """Return which snapshots a rule keeps and why, by name; `newest` is sorted so.
+
+    The newest of each bucket is kept, and only counted ones fill a rule's places; another one is
+    kept beside them where its bucket has none that counts.  A rule with places left keeps the oldest.
+    """
+    period, most = rule
+    good = {name_bucket(period, snapshot) for snapshot in newest if snapshot.name in counted}
+    kept: dict[str, str] = {}
+    filled: set[str] = set()
+    for snapshot in newest:
+        bucket = name_bucket(period, snapshot)
+        if snapshot.name in counted and bucket not in filled:
+            if len(filled) == most:
+                return kept
+            filled.add(bucket)
+            kept[snapshot.name] = f"{period} {len(filled)}"
+        elif period != "last" and len(filled) < most and bucket not in good:
+            good.add(bucket)
+            kept[snapshot.name] = f"{period}, no good one there"
+    oldest = next((snapshot for snapshot in reversed(newest) if snapshot.name in counted), None)
+    if oldest and len(filled) < most:
+        kept.setdefault(oldest.name, f"{period}, the oldest")
+    return kept
+
+
+def _explain_removal(snapshot: Snapshot) -> str:
+    return "no rule keeps it" if snapshot.good else f"{snapshot.grade}, and a good one is newer"
+
+
+def plan_history(history: History, rules: Sequence[Rule]) -> list[Choice]:
+    """Return what becomes of each snapshot of a node, in their order.
+
+    Raises UsageError when the rules would keep none of the good ones.
+    """
+    newest = history.snapshots[::-1]
+    counted = {snapshot.name for snapshot in newest if snapshot.good and snapshot.name not in history.harmed}
+    reasons: dict[str, list[str]] = {}
+    for rule in rules:
+        for name, reason in choose_by_rule(newest, counted, rule).items():
+            reasons.setdefault(name, []).append(reason)
+    if rules and counted and not counted & reasons.keys():
+        raise UsageError(f"--keep would remove all {len(newest)} snapshots of {history.node}; nothing is removed")
+    last_good = next((snapshot.sequence for snapshot in newest if snapshot.name in counted), -1)
+    alarm = history.alarm
+    for snapshot in newest:
+        why = reasons.setdefault(snapshot.name, [])
+        if not rules:
+            why.append("no --keep is given")
+        if snapshot.sequence > last_good:
+            why.append("newer than the last good one" if counted else "no good one yet")
+        if alarm and snapshot.sequence <= alarm.sequence:
+            why.append(f"held by the alarm of {alarm.name}, until `release {history.node}`")
+        if snapshot.name in history.shown:
+            why.append("shown by latest")
+    return [
+        Choice(snapshot, bool(reasons[snapshot.name]), ", ".join(reasons[snapshot.name]) or _explain_removal(snapshot))
+        for snapshot in history.snapshots
+    ]
+
+
+# ---- space: mark what snapshots name, sweep the rest ----
+
+
+@dataclass(frozen=True)
+class PackUse:
+    """How much of a pack is named by snapshots."""
+
+    name: str
+    path: str
+    size: int  # bytes
+    live: int  # bytes, estimated inside frames
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What a prune does."""
+
+    choices: Mapping[str, Sequence[Choice]]  # by node
+    to_trash: bool = True  # false where nothing stays in the trash
+    expired: tuple[Trashed, ...] = ()  # in the trash for longer than it may be
+    dead: tuple[PackUse, ...] = ()  # named by nothing
+    sparse: tuple[PackUse, ...] = ()  # to be rewritten
+    problem: str = ""  # why no space is freed
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What a prune did."""
+
+    removed: int = 0  # snapshots
+    purged: int = 0  # snapshots, for good
+    dropped: int = 0  # packs
+    rewritten: int = 0  # packs
+    freed: int = 0  # bytes
+    problem: str = ""
+
+
+def list_patches(path: str) -> Iterator[tuple[bytes, tuple[Run, ...]]]:
+    """Yield digest and runs of all patches of a pack; FormatError where it is damaged."""
+    with open(path, "rb") as file:
+        for offset, kind, _ in read_footer(path):
+            if kind == PATCHES:
+                record = load_record(file.fileno(), offset)
+                raw = load_raw(file.fileno(), record)
+                for (digest, length), start in zip(record.rows, record.starts):
+                    yield digest, decode_patch(raw[start : start + length])
+
+
+class Mark:
+    """The digests that snapshots, the trash and unfinished pulls name, directly or through patches."""
+
+    def __init__(self, store: Store, reader: Reader) -> None:
+        self.store = store
+        self.reader = reader
+        self.live = DigestTable()
+
+    def close(self) -> None:
+        """Forget all."""
+        self.live.close()
+
+    def put_blocks(self, blocks: Iterable[bytes]) -> None:
+        """Mark blocks, and all that their entries name; StoreError where one cannot be read."""
+        for block in self.live.put(blocks):
+            for entry in self._read(self._list_block, block):
+                self.put_entry(entry)
+
+    def put_entry(self, entry: Entry) -> None:
+        """Mark what an entry names."""
+        new = self.live.put(bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read))
+        if new and b'"lists"' in entry.read:
+            for digest in set(new).intersection(entry.content.lists):
+                chunks = self._read(self._list_chunks, digest)
+                self.live.put(chunk for chunk in chunks if isinstance(chunk, bytes))
+
+    def _list_block(self, digest: bytes) -> Sequence[Entry]:
+        return list(list_entries(self.reader, [digest]))
+
+    def _list_chunks(self, digest: bytes) -> Sequence[bytes | int]:
+        return load_chunk_list(self.reader, digest)
+
+    def _read(self, read: Callable[[bytes], Sequence[Any]], digest: bytes) -> Sequence[Any]:
+        """Return what `read` gives; nothing where `repair` has told that the digest is lost."""
+        try:
+            return read(digest)
+        except (StoreError, FormatError):
+            if digest in self.store.lost.digests:
+                return ()
+            raise
+
+    def put_progress(self, name: str) -> None:
+        """Mark what a pull that was cut off has already."""
+        progress = self.store.node(name).load_progress()
+        for block in progress.blocks:
+            with contextlib.suppress(StoreError, FormatError):  # at worst it is sent again
+                self.put_blocks([block])
+        for line in (*progress.tail, *([progress.current.encode()] if progress.current else [])):
+            with contextlib.suppress(FormatError, StoreError):
+                self.put_entry(Entry.decode(line))
+
+    def put_sources(self, packs: Mapping[str, str]) -> None:
+        """Mark what the marked patches draw from; they draw from whole chunks only."""
+        for path in packs.values():
+            for digest, runs in list_patches(path):
+                if self.live.find([digest]):
+                    self.live.put(run.source for run in runs)
+
+    def find_owned(self, name: str, digests: Sequence[bytes]) -> set[bytes]:
+        """Return which of a pack's digests must stay in it: those marked that no sound pack has before it."""
+        live = sorted(self.live.find(digests))
+        places = self.reader.index.find_all(live)
+        return {digest for digest in live if len(places.get(digest, ())) < 2 or self._owns(name, digest)}
+
+    def _owns(self, name: str, digest: bytes) -> bool:
+        sound = self.reader.find_sound(digest)
+        return sound is None or sound.pack == name
+
+    def measure(self, name: str, path: str) -> PackUse:
+        """Return how much of a pack is marked."""
+        live = 0.0
+        with open(path, "rb") as file:
+            for offset, _, digests in read_footer(path):
+                owned = self.find_owned(name, digests)
+                if owned:
+                    record = load_record(file.fileno(), offset)
+                    share = sum(length for digest, length in record.rows if digest in owned) / max(1, record.raw)
+                    live += max(1.0, share * (record.data_offset + record.stored - offset))
+        return PackUse(name, path, os.path.getsize(path), round(live))
+
+
+def _mark_history(mark: Mark, history: History, kept: Iterable[Choice], expired: Sequence[Trashed]) -> None:
+    for choice in kept:
+        mark.put_blocks(choice.snapshot.blocks)
+    for trashed in history.trash:
+        if trashed not in expired:
+            mark.put_blocks(trashed.snapshot.blocks)
+    mark.put_progress(history.node)
+
+
+def plan_prune(mark: Mark, rules: Sequence[Rule], when: tuple[int, int], max_repack: int) -> PrunePlan:
+    """Return what a prune would do; `when` is now and the grace (ns), `max_repack` in bytes.
+
+    Raises UsageError where the rules would keep nothing of a node.
+    """
+    now, grace = when
+    store = mark.store
+    histories = [load_history(store, node.folder) for node in store.list_nodes()]
+    choices = {history.node: plan_history(history, rules) for history in histories}
+    expired = [t for history in histories for t in history.trash if t.removed + grace <= now]
+    plan = PrunePlan(choices, grace > 0, tuple(expired))
+    packs = list_packs(store.packs)
+    damage = store.list_damage(packs)
+    if damage or any(history.unread for history in histories):
+        what = f"pack {min(damage)} is {damage[min(damage)]}" if damage else "a snapshot cannot be read"
+        return replace(plan, problem=f"no space is freed while the store is damaged ({what}); `repair` it first")
+    try:
+        for history in histories:
+            _mark_history(mark, history, [c for c in choices[history.node] if c.keep or plan.to_trash], expired)
+        mark.put_sources(packs)
+        uses = [mark.measure(name, path) for name, path in sorted(packs.items())]
+    except (StoreError, FormatError, OSError) as error:
+        reason = explain(error) if isinstance(error, OSError) else error
+        return replace(plan, problem=f"no space is freed while the store is damaged ({reason}); `repair` it first")
+    dead = [use for use in uses if not use.live]
+    sparse = [use for use in uses if 0 < use.live < (1 - MOST_DEAD) * use.size]
+    sparse.sort(key=lambda use: use.live / use.size)
+    sizes = itertools.accumulate(use.size for use in sparse)
+    return replace(plan, dead=tuple(dead), sparse=tuple(use for use, size in zip(sparse, sizes) if size <= max_repack))
+
+
+def retire_pack(store: Store, name: str, path: str, end: Callable[[str], None]) -> None:
+    """Take a pack out of the store by `end`, after the index has forgotten it: else it would be missed."""
+    digests = None  # where its footer is damaged, whatever the index has of it
+    with contextlib.suppress(FormatError, OSError):
+        digests = [digest for _, _, held in read_footer(path) for digest in held]
+    try:
+        store.index.remove_pack(name, digests)
+    except StoreError:  # a disk so full that the index cannot be written: go on without its file
+        store.index.reset(in_memory=True)
+        store.load_index()
+        store.index.remove_pack(name)
+    with writing(store.packs):
+        end(path)
+
+
+class Repacker:
+    """Copies what is live of sparse packs into new ones, then removes the old (I6)."""
+
+    def __init__(self, mark: Mark, pack_size: int = PACK_SIZE) -> None:
+        self.mark = mark
+        self.pack_size = pack_size
+        store = mark.store
+        self.writer = PackWriter(store.packs, store.index, ZSTD if load_zstd() else ZLIB, LEVEL)
+        self.rewritten = 0  # packs
+        self.freed = 0  # bytes
+        self._waiting: list[PackUse] = []  # packs copied, but not durably
+
+    def put(self, use: PackUse) -> None:
+        """Copy one pack; StoreError where it is damaged, and then it stays."""
+        with open(use.path, "rb") as file:
+            for offset, kind, digests in read_footer(use.path):
+                owned = self.mark.find_owned(use.name, digests)
+                if owned:
+                    self.writer.distrusted = owned  # the store has them, in the pack that goes
+                    record = load_record(file.fileno(), offset)
+                    (self._put_frame if kind == FRAME else self._put_patches)(file.fileno(), record, owned)
+        self._waiting.append(use)
+        if self.writer.size >= self.pack_size:
+            self.finish()
+
+    def _put_frame(self, fd: int, record: Record, owned: Set[bytes]) -> None:
+        raw = memoryview(load_raw(fd, record))
+        pieces = []
+        for number, (digest, length) in enumerate(record.rows):
+            data = raw[record.starts[number] : record.starts[number] + length]
+            pages = hash_pages(data) if digest in owned else b""
+            if digest in owned and digest_pages(pages) != digest:
+                raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
+            pieces.append(Piece(digest, pages, data))
+        if all(piece.pages for piece in pieces):
+            self.writer.put_frame(record.codec, read_range(fd, record.stored, record.data_offset), pieces)
+        else:
+            for piece in pieces:
+                if piece.pages:
+                    self.writer.put_chunk(bytes(piece.data))
+
+    def _put_patches(self, fd: int, record: Record, owned: Set[bytes]) -> None:
+        raw = load_raw(fd, record)
+        for (digest, length), start in zip(record.rows, record.starts):
+            if digest in owned:
+                runs = decode_patch(raw[start : start + length])
+                if not self.mark.reader.gives(digest, runs):
+                    raise FormatError(f"the patch {digest.hex()} does not give the chunk it did")
+                self.writer.put_patch(digest, runs)
+
+    def finish(self) -> None:
+        """Make the copies durable and known, then remove what was copied."""
+        self.writer.seal()
+        for use in self._waiting:
+            if use.name not in self.writer.sealed:
+                retire_pack(self.mark.store, use.name, use.path, remove_durably)
+                self.freed += use.size
+                self.rewritten += 1
+        self._waiting = []
+
+
+def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_SIZE) -> PruneReport:
+    """Do what a plan says: snapshots first, then dead packs, then sparse ones; may be interrupted at any point."""
+    store = mark.store
+    removed = [c.snapshot for choices in plan.choices.values() for c in choices if not c.keep]
+    for snapshot in removed:
+        folder = store.node(snapshot.folder)
+        if plan.to_trash:
+            folder.remove_snapshot(snapshot.name, now)
+        else:
+            with writing(folder.path):
+                remove_durably(os.path.join(folder.snapshots, f"{snapshot.name}.json"))
+    for trashed in plan.expired:
+        with writing(trashed.path):
+            remove_durably(trashed.path)
+    freed = 0
+    for use in plan.dead:
+        retire_pack(store, use.name, use.path, remove_durably)
+        freed += use.size
+    report = PruneReport(len(removed), len(plan.expired), len(plan.dead), 0, freed, plan.problem)
+    repacker = Repacker(mark, pack_size)
+    problem = ""
+    try:
+        for use in plan.sparse:
+            try:
+                repacker.put(use)
+            except FormatError as error:
+                store.note_damage(use.name, BAD_PACK)
+                problem = f"pack {use.name} is damaged: {error}; see `repair`"
+        repacker.finish()
+    except FullStore as error:
+        problem = f"not all packs could be rewritten: {error}"
+    finally:
+        repacker.writer.abandon()
+    freed += repacker.freed - repacker.writer.added * bool(repacker.rewritten)
+    return replace(report, rewritten=repacker.rewritten, freed=freed, problem=plan.problem or problem)
+
+
+def undelete_snapshots(folder: NodeFolder, names: Sequence[str]) -> list[str]:
+    """Bring removed snapshots back, all where none are named; returns their names.
+
+    Raises UsageError for a name that the trash does not have.
+    """
+    trash = folder.list_trash()
+    wanted = [trashed for trashed in trash if not names or trashed.snapshot.name in names]
+    unknown = sorted(set(names) - {trashed.snapshot.name for trashed in wanted})
+    if unknown:
+        there = ", ".join(trashed.snapshot.name for trashed in trash) or "nothing"
+        raise UsageError(f"the trash of {folder.name} has no {show(unknown[0])}; it has {there}")
+    for trashed in wanted:
+        folder.undelete_snapshot(trashed)
+    return [trashed.snapshot.name for trashed in wanted]
+
+
+def release_node(store: Store, name: str) -> Snapshot | None:
+    """Answer the alarm of a node: its older snapshots may go again; returns the one with the alarm, if any."""
+    folder = store.node(name)
+    lock = folder.lock()  # a copy under way writes what is known of the node, too
+    try:
+        alarm = load_history(store, name).alarm
+        if alarm:
+            folder.save_known(replace(folder.load_known(), released=alarm.sequence))
+        return alarm
+    finally:
+        os.close(lock)
+
+
+# ---- verify: read what is there, and say which files and versions suffer from what is not ----
+
+
+@dataclass(frozen=True)
+class PackCheck:
+    """What was found in one pack."""
+
+    name: str
+    size: int = 0
+    problem: str = ""  # why it is not as it was
+    bad: tuple[bytes, ...] = ()  # digests that it should give, and does not
+
+
+def find_record(fd: int, at: int, end: int) -> int:
+    """Return the offset of the next bytes that may start a record, `end` where there are none."""
+    while at < end:
+        data = read_range(fd, CHUNK, at)
+        found = data.find(RECORD_MAGIC)
+        if found >= 0:
+            return at + found
+        if len(data) < CHUNK:
+            break
+        at += CHUNK - len(RECORD_MAGIC) + 1
+    return end
+
+
+def scan_records(fd: int, size: int) -> Iterator[Record]:
+    """Yield the records of a pack that are well formed, whatever stands between them."""
+    at = find_record(fd, 0, size)
+    while at < size:
+        try:
+            record = load_record(fd, at)
+        except FormatError:
+            at = find_record(fd, at + 1, size)
+            continue
+        yield record
+        end = record.data_offset + record.stored
+        # Where no record follows, its lengths may be what is damaged.
+        at = end if read_range(fd, len(RECORD_MAGIC), end) == RECORD_MAGIC else find_record(fd, at + 1, size)
+
+
+def split_record(fd: int, record: Record) -> list[bytes]:
+    """Return the bytes of each row of a record; none where they do not decompress.
+
+    Raises CodecError where this Python cannot tell.
+    """
+    try:
+        raw = load_raw(fd, record)
+    except CodecError:
+        raise
+    except FormatError:
+        return []
+    return [raw[start:end] for start, end in zip(record.starts, record.starts[1:])]
+
+
+def list_sound(reader: Reader, fd: int, record: Record) -> Iterator[bytes]:
+    """Yield the digests that a record gives: of chunks by their own bytes, of patches by what they draw from."""
+    for number, data in enumerate(split_record(fd, record)):
+        digest = record.rows[number][0]
+        if record.kind == FRAME:
+            pages = hash_pages(data)
+            if digest_pages(pages) == digest and pages == record.pages(number):
+                yield digest
+        else:
+            with contextlib.suppress(FormatError):
+                if reader.gives(digest, decode_patch(data)):
+                    yield digest
+
+
+def verify_pack(reader: Reader, name: str, path: str) -> PackCheck:
+    """Read a whole pack: its bytes against its name, its chunks against their digests."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            proof = hashlib.sha256()
+            for data in iter(functools.partial(file.read, CHUNK), b""):
+                proof.update(data)
+            found = scan_records(file.fileno(), size)
+            sound = {digest for record in found for digest in list_sound(reader, file.fileno(), record)}
+    except CodecError as error:
+        raise StoreError(f"pack {name} is {error}") from None
+    except OSError as error:
+        return PackCheck(name, 0, f"cannot be read: {explain(error)}", tuple(reader.index.list_digests(name)))
+    try:
+        held = [digest for _, _, digests in read_footer(path) for digest in digests]
+        problem = "" if proof.hexdigest() == name else "its bytes are not those that it was named after"
+    except FormatError as error:
+        held, problem = reader.index.list_digests(name), str(error)
+    bad = tuple(digest for digest in held if digest not in sound)
+    if bad and not problem:
+        problem = "it holds what it should not"
+    return PackCheck(name, size, problem, bad)
+
+
+class Harm(TemporaryTable):
+    """Which files of which snapshots have lost content, found block by block."""
+
+    def __init__(self, store: Store, reader: Reader) -> None:
+        super().__init__(
+            "CREATE TABLE blocks (digest BLOB PRIMARY KEY, grade TEXT) WITHOUT ROWID",
+            "CREATE TABLE paths (block BLOB, path BLOB)",
+            "CREATE INDEX paths_of ON paths (block)",
+            "CREATE TABLE files (node TEXT, path BLOB, snapshot TEXT, PRIMARY KEY (node, path, snapshot))",
+        )
+        self.store = store
+        self.reader = reader
+        self.lost = DigestTable()  # digests that no pack gives
+        self.new = False  # whether some of it is not what `repair` has told of
+        self.problems: list[str] = []
+
+    def close(self) -> None:
+        """Forget all."""
+        self.lost.close()
+        super().close()
+
+    def put_lost(self, digests: Iterable[bytes]) -> None:
+        """Note those of the digests that no pack gives."""
+        self.lost.put(digest for digest in digests if not self.reader.has(digest))
+
+    def put_patches(self, path: str) -> None:
+        """Note the patches of a pack that draw from what is lost."""
+        with contextlib.suppress(FormatError, OSError):  # noted as the pack's own damage
+            for digest, runs in list_patches(path):
+                sources = sorted({run.source for run in runs})
+                if self._find_missing(sources):
+                    self.put_lost([digest])
+
+    def _find_missing(self, digests: Sequence[bytes]) -> set[bytes]:
+        return (set(digests) - self.reader.index.find(digests).keys()) | self.lost.find(digests)
+
+    def put_snapshot(self, snapshot: Snapshot, name: str) -> None:
+        """Look through a snapshot, called `name` in reports, for what is lost."""
+        grades = []
+        for block in snapshot.blocks:
+            found = self.execute("SELECT grade FROM blocks WHERE digest = ?", (block,)).fetchone()
+            grades.append(found[0] if found else self._put_block(block))
+            insert = "INSERT OR IGNORE INTO files SELECT ?, path, ? FROM paths WHERE block = ?"
+            self.execute(insert, (snapshot.folder, name, block))
+        worst = worst_grade(grades)
+        if SNAPSHOT_GRADES.index(worst) < SNAPSHOT_GRADES.index(snapshot.grade):
+            self.problems.append(f"snapshot {snapshot.folder}/{name} calls itself {snapshot.grade}, and is {worst}")
+
+    def _put_block(self, block: bytes) -> str:
+        """Look through one block; returns the worst grade of its entries."""
+        grades: list[str] = []
+        try:
+            entries = list(list_entries(self.reader, [block]))
+        except (StoreError, FormatError):
+            self._note([block])
+            self.execute("INSERT INTO paths VALUES (?, ?)", (block, b""))
+            entries = []
+        for entry in entries:
+            failed = b'"error"' in entry.line or b'"error"' in entry.read
+            grade = re.search(rb'"grade":"(\w+)"', entry.read)
+            grades.append("partial" if failed else grade[1].decode() if grade else "")
+            missing = self._find_missing([bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)])
+            if b'"lists"' in entry.read:
+                missing |= self._find_missing_of_lists(entry)
+            if missing:
+                self._note(missing)
+                self.execute("INSERT INTO paths VALUES (?, ?)", (block, entry.stat.path))
+        worst = worst_grade(grades)
+        self.execute("INSERT INTO blocks VALUES (?, ?)", (block, worst))
+        return worst
+
+    def _find_missing_of_lists(self, entry: Entry) -> set[bytes]:
+        missing: set[bytes] = set()
+        for digest in entry.content.lists:
+            try:
+                chunks = load_chunk_list(self.reader, digest)
+                missing |= self._find_missing([chunk for chunk in chunks if isinstance(chunk, bytes)])
+            except (StoreError, FormatError):
+                missing.add(digest)
+        return missing
+
+    def _note(self, missing: Iterable[bytes]) -> None:
+        new = self.lost.put(missing)
+        self.new |= any(digest not in self.store.lost.digests for digest in [*missing, *new])
+
+    def list_files(self) -> Iterator[tuple[str, bytes, list[str]]]:
+        """Yield node, path (b"" for all of an unreadable block) and snapshots of each harmed file."""
+        rows = self.execute("SELECT node, path, snapshot FROM files ORDER BY node, path, snapshot")
+        for (node, path), group in itertools.groupby(rows, key=lambda row: (row[0], row[1])):
+            yield node, path, [row[2] for row in group]
+
+    def list_snapshots(self) -> dict[str, tuple[str, ...]]:
+        """Return the harmed snapshots by node."""
+        found: dict[str, tuple[str, ...]] = {}
+        for node, name in self.execute("SELECT DISTINCT node, snapshot FROM files ORDER BY node, snapshot"):
+            found[node] = (*found.get(node, ()), name)
+        return found
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How much `verify` reads."""
+
+    share: float = 1.0  # of the bytes of all packs
+    now: int = 0  # ns
+    more: Callable[[], bool] = lambda: True  # whether there is time for another pack
+    tick: Callable[[int, int], None] = lambda done, total: None  # bytes read, and to be read
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found in a store."""
+
+    packs: int  # that it has
+    checked: int  # that were read
+    size: int  # bytes of these
+    index: str  # "" where it said what the packs say, else why it was made anew
+    damaged: tuple[PackCheck, ...] = ()
+    lost: tuple[str, ...] = ()  # packs that are gone
+    files: tuple[tuple[str, str], ...] = ()  # other files of the store, and what is wrong with each
+    problems: tuple[str, ...] = ()
+
+    @property
+    def sound(self) -> bool:
+        """Tell whether there is no damage, beside what `repair` has told of."""
+        return not (self.damaged or self.lost or self.files or self.problems)
+
+
+VERIFIED, DRILLED = "verified.json", "drill.json"  # when each pack was read last; when each node's drill succeeded
+
+
+def load_times(store: Store, file: str) -> dict[str, int]:
+    """Return the moments (ns) in a file of the store; none where it cannot be read."""
+    with contextlib.suppress(OSError, FormatError), open(os.path.join(store.path, file), "rb") as found:
+        times = Fields.inside(decode_file(found.read(), file).values.get("times"), f"{file}: times")
+        return {name: times.integer(name) for name in times.values}
+    return {}
+
+
+def save_times(store: Store, file: str, times: Mapping[str, int]) -> None:
+    """Keep moments (ns) in a file of the store."""
+    with writing(store.path):
+        write_durably(os.path.join(store.path, file), encode_file({"times": dict(times)}))
+
+
+def plan_checks(packs: Mapping[str, str], times: Mapping[str, int], share: float) -> list[tuple[str, int]]:
+    """Return name and size of the packs to read: the least recently read first, up to a share of all bytes."""
+    sizes = {}
+    for name, path in packs.items():
+        with contextlib.suppress(FileNotFoundError):
+            sizes[name] = os.path.getsize(path)
+    order = sorted(sizes, key=lambda name: (times.get(name, 0), name))
+    before = itertools.accumulate((sizes[name] for name in order), initial=0)
+    return [(name, sizes[name]) for name, done in zip(order, before) if done < share * sum(sizes.values())]
+
+
+def verify_index(store: Store, packs: Mapping[str, str]) -> str:
+    """Compare the index with the packs, and make it anew where it differs; returns why, or ""."""
+    try:
+        counts = store.index.count_rows()
+        for name, path in packs.items():
+            with contextlib.suppress(FormatError, OSError):  # told when the pack is read
+                rows = list({row[0]: row for row in reversed(read_pack_index(path))}.values())
+                if counts.get(name, 0) != len(rows) or not store.index.has_rows(name, rows):
+                    raise StoreError(f"it did not say what pack {name} holds")
+        if counts.keys() - list_packs(store.packs).keys():  # anew: other processes add packs meanwhile
+            raise StoreError("it named packs that are not there")
+        store.index.check()
+    except StoreError as error:
+        store.index.reset()
+        store.load_index()
+        return str(error)
+    return ""
+
+
+def verify_packs(store: Store, harm: Harm, options: VerifyOptions) -> tuple[list[PackCheck], int, int]:
+    """Read packs; returns those that are damaged, and how many and how many bytes were read."""
+    packs, times = list_packs(store.packs), load_times(store, VERIFIED)
+    checks = plan_checks(packs, times, options.share)
+    total, done, count = sum(size for _, size in checks), 0, 0
+    damaged = []
+    try:
+        for name, size in checks:
+            if count and not options.more():
+                break
+            check = verify_pack(harm.reader, name, packs[name])
+            if check.problem:
+                damaged.append(check)
+                store.note_damage(name, BAD_PACK)
+            times[name] = options.now
+            done, count = done + size, count + 1
+            options.tick(done, total)
+    finally:
+        with contextlib.suppress(StoreError):  # a store that cannot be written is read all the same
+            save_times(store, VERIFIED, {name: moment for name, moment in times.items() if name in packs})
+    return damaged, count, done
+
+
+def _verify_file(path: str, decode: Callable[[bytes], object]) -> str:
+    try:
+        with open(path, "rb") as file:
+            decode(file.read())
+    except FileNotFoundError:
+        return ""
+    except (FormatError, OSError) as error:
+        return explain(error) if isinstance(error, OSError) else str(error)
+    return ""
+
+
+def _decode_readme(store: Store) -> Callable[[bytes], object]:
+    def decode(data: bytes) -> None:
+        with open(os.path.join(store.path, "zbackup.json"), "rb") as file:
+            proof = decode_file(file.read(), "zbackup.json").text("readme")
+        if hashlib.sha256(data).hexdigest() != proof:
+            raise FormatError("README.txt is not what it was")
+
+    return decode
+
+
+def _decode_reserve(data: bytes) -> None:
+    if data.count(0) != len(data):
+        raise FormatError("the reserve has bytes that are not zero")
+
+
+def _decode_any(name: str) -> Callable[[bytes], object]:
+    return lambda data: decode_file(data, name)
+
+
+def verify_files(store: Store) -> list[tuple[str, str]]:
+    """Return path and problem of each file beside the packs and the index that is not what it was."""
+    decoders = {"README.txt": _decode_readme(store), "reserve": _decode_reserve, "damage/lost.json": decode_lost}
+    decoders.update({name: _decode_any(name) for name in (VERIFIED, DRILLED)})
+    paths = {os.path.join(store.path, name): decode for name, decode in decoders.items()}
+    for name in sorted(os.listdir(store.path)):
+        folder = store.node(name)
+        if os.path.isdir(folder.snapshots):
+            for file in ("node.json", "progress.json", "latest.json"):
+                paths[os.path.join(folder.path, file)] = _decode_any(f"{name}/{file}")
+            for place in filter(os.path.isdir, (folder.snapshots, folder.trash)):
+                for file in sorted(os.listdir(place)):
+                    if file.endswith(".json") and not file.startswith("."):
+                        decode = functools.partial(decode_snapshot, folder=name, name=file[: -len(".json")])
+                        paths[os.path.join(place, file)] = decode
+    found = ((path, _verify_file(path, decode)) for path, decode in paths.items())
+    return [(path, problem) for path, problem in found if problem]
+
+
+def verify_snapshots(store: Store, harm: Harm) -> None:
+    """Look through all snapshots for what is lost."""
+    for pack in list_packs(store.packs).values():
+        harm.put_patches(pack)
+    for node in store.list_nodes():
+        folder = store.node(node.folder)
+        for snapshot in folder.list_snapshots():
+            harm.put_snapshot(snapshot, snapshot.name)
+        for trashed in folder.list_trash():
+            harm.put_snapshot(trashed.snapshot, f"{trashed.snapshot.name} (in the trash)")
+
+
+def verify_store(store: Store, harm: Harm, options: VerifyOptions) -> VerifyReport:
+    """Check index, packs, patches, snapshots, grades and all other files; damage is remembered until `repair`."""
+    packs = list_packs(store.packs)
+    index = verify_index(store, packs)
+    damaged, checked, size = verify_packs(store, harm, options)
+    for check in damaged:
+        harm.put_lost(check.bad)
+    files = verify_files(store)
+    verify_snapshots(store, harm)
+    still = store.lost.digests & set(harm.lost.find(sorted(store.lost.digests)))
+    if still != store.lost.digests and not harm.new:  # healed, or no longer in any snapshot
+        with contextlib.suppress(StoreError):
+            store.save_lost(Lost(still, harm.list_snapshots()))
+    noted = store.list_damage(list_packs(store.packs))
+    lost = [name for name, what in noted.items() if what == LOST_PACK]
+    known = {check.name for check in damaged}
+    earlier = [PackCheck(n, 0, "found earlier") for n, what in noted.items() if what == BAD_PACK and n not in known]
+    return VerifyReport(
+        len(packs), checked, size, index, (*damaged, *earlier), tuple(lost), tuple(files), tuple(harm.problems)
+    )
+
+
+# ---- repair: what is damaged goes aside, what can be saved is saved, the rest is marked ----
+
+
+@dataclass(frozen=True)
+class RepairPlan:
+    """What a repair does."""
+
+    packs: tuple[PackCheck, ...]  # to be saved as far as they can be, and put aside
+    lost: tuple[str, ...]  # packs that are gone, to be remembered no longer
+    files: tuple[tuple[str, str], ...]  # to be made anew or put aside, and why
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What a repair did."""
+
+    packs: int = 0  # put aside
+    saved: int = 0  # bytes of these packs that could be saved
+    aside: tuple[str, ...] = ()  # paths of what was put aside
+    lost: int = 0  # digests that no pack gives
+
+
+def plan_repair(report: VerifyReport) -> RepairPlan:
+    """Return what is to be done about what was found."""
+    return RepairPlan(report.damaged, report.lost, report.files)
+
+
+def put_aside(store: Store, path: str) -> str:
+    """Move a damaged file out of the way; returns where it is now."""
+    name = os.path.relpath(path, store.path).replace(os.sep, "-")
+    for number in itertools.count(1):
+        to = os.path.join(store.aside, name if number == 1 else f"{name}.{number}")
+        with contextlib.suppress(FileExistsError), writing(path):
+            move_durably(path, to)
+            return to
+    raise AssertionError("itertools.count ended")
+
+
+def save_sound(harm: Harm, writer: PackWriter, path: str, kind: int) -> None:
+    """Put what a damaged pack still gives, and nobody else does, into a new pack."""
+    reader = harm.reader
+    try:
+        with open(path, "rb") as file:
+            for record in scan_records(file.fileno(), os.fstat(file.fileno()).st_size):
+                for (digest, _), data in zip(record.rows, split_record(file.fileno(), record)):
+                    if record.kind == FRAME == kind:
+                        found = digest_pages(hash_pages(data))  # a chunk's bytes are its name, whatever its row says
+                        if found == digest or harm.lost.find([found]):
+                            writer.put_chunk(data)
+                    elif record.kind == PATCHES == kind:
+                        with contextlib.suppress(FormatError):
+                            if reader.gives(digest, decode_patch(data)):
+                                writer.put_patch(digest, decode_patch(data))
+    except OSError:
+        return  # nothing more can be read of it
+
+
+def repair_packs(store: Store, harm: Harm, checks: Sequence[PackCheck]) -> tuple[int, list[str]]:
+    """Save what damaged packs still give, then put them aside; returns bytes saved and where the packs are."""
+    packs = list_packs(store.packs)
+    paths = {check.name: packs[check.name] for check in checks if check.name in packs}
+    for name in paths:
+        store.index.remove_pack(name)  # so that what it holds counts as missing; it is back, should this be cut off
+    reader = harm.reader
+    writer = PackWriter(store.packs, store.index, ZSTD if load_zstd() else ZLIB, LEVEL)
+    reader.open_pack = writer
+    try:
+        for kind in (FRAME, PATCHES):  # patches draw from chunks of any pack
+            for path in paths.values():
+                save_sound(harm, writer, path, kind)
+                if writer.size >= PACK_SIZE:
+                    writer.seal()
+        writer.seal()
+    finally:
+        reader.open_pack = None
+        writer.abandon()
+    again = [name for name in paths if name in writer.sealed]  # all of it was sound, but for its end
+    return writer.added, [put_aside(store, path) for name, path in paths.items() if name not in again]
+
+
+HEX_BLOCKS = re.compile(rb'"blocks": \[([^\]]*)')
+
+
+def salvage_snapshot(reader: Reader, folder: NodeFolder, path: str) -> Snapshot | None:
+    """Return what a damaged snapshot still tells, as a partial one; None where it names no block that is there."""
+    name = os.path.basename(path)[: -len(".json")]
+    with open(path, "rb") as file:
+        data = file.read()
+    listed = HEX_BLOCKS.search(data)
+    blocks = [bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(listed[1] if listed else data)]
+    there = reader.index.find(blocks)
+    blocks = [block for block in blocks if block in there]
+    if not blocks:
+        return None
+    earlier = [snapshot.sequence for snapshot in folder.list_snapshots() if snapshot.name < name]
+    started = 0
+    with contextlib.suppress(FormatError):
+        started = parse_time(name)
+    problem = Problem("", "repaired: the file of this snapshot was damaged, and what it still told is here")
+    return Snapshot(
+        name,
+        folder.name,
+        max(earlier, default=0),
+        started,
+        started,
+        "partial",
+        blocks=tuple(blocks),
+        problems=(problem,),
+    )
+
+
+def repair_file(store: Store, reader: Reader, path: str) -> list[str]:
+    """Make a damaged file anew where that can be, put it aside where it may hold more; returns where it is."""
+    name = os.path.basename(path)
+    above = os.path.dirname(path)
+    if name in ("README.txt", "reserve"):
+        with writing(path):
+            remove_durably(path)
+            if name == "README.txt":
+                write_durably(path, STORE_README.encode("ascii"))
+                write_durably(os.path.join(store.path, "zbackup.json"), encode_identity(store.identity))
+        return []
+    if os.path.basename(above) == "snapshots":
+        folder = store.node(os.path.basename(os.path.dirname(above)))
+        saved = salvage_snapshot(reader, folder, path)
+        if saved:
+            folder.save_snapshot(saved)
+    aside = [put_aside(store, path)]
+    if name == "node.json":
+        known = store.load_known(os.path.basename(above))
+        if known.identity:
+            store.node(known.folder).save_known(known)
+    return aside
+
+
+def execute_repair(store: Store, harm: Harm, plan: RepairPlan) -> RepairReport:
+    """Do what a plan says.  May be interrupted and run again; deletes nothing that may hold data."""
+    saved, aside = repair_packs(store, harm, plan.packs)
+    for path, _ in plan.files:
+        aside += repair_file(store, harm.reader, path)
+    store.load_index()
+    # What is lost is looked for again: much of it has been saved.
+    with contextlib.closing(store.reader()) as reader, contextlib.closing(Harm(store, reader)) as left:
+        left.put_lost(harm.lost.list_all())
+        verify_snapshots(store, left)
+        digests = frozenset(left.lost.list_all())
+        store.save_lost(Lost(digests, left.list_snapshots()))
+    store.forget_damage()
+    return RepairReport(len(plan.packs), saved, tuple(aside), len(digests))
+
+
+def repair_identity(path: str) -> bool:
+    """Make the zbackup.json of a store anew where it is missing or damaged; tells whether that was so.
+
+    Raises StoreError where there is no store, or one of another format.
+    """
+    import secrets
+
+    file = os.path.join(path, "zbackup.json")
+    if not os.path.isdir(os.path.join(path, "packs")):
+        raise StoreError(f"{path} is not a zbackup store: it has neither zbackup.json nor packs")
+    try:
+        with open(file, "rb") as found:
+            data = found.read()
+    except OSError:
+        data = b""
+    if data[-SEAL_SIZE:] == seal(data[:-SEAL_SIZE]):
+        return False  # as it was written, if perhaps by a newer zbackup
+    lock = lock_store(path, alone=True)
+    try:
+        with writing(file):
+            if data:
+                move_durably(file, os.path.join(path, "aside", f"zbackup.json.{secrets.token_hex(4)}"))
+            write_durably(file, encode_identity(secrets.token_hex(16)))
+    finally:
+        os.close(lock)
+    return True
 
 
 # ==== 9. NODE: scan, freeze, read, answer ====
@@ -3226,13 +4710,13 @@ def make_uri(path: str) -> str:
     return "file:" + urllib.parse.quote(os.fsencode(path))
 
 
-def check_database(path: str) -> str:
-    """Return what PRAGMA quick_check says of a database at rest; "" when all is well."""
+def check_database(path: str, check: str = "quick_check") -> str:
+    """Return what quick_check or integrity_check says of a database at rest; "" when all is well."""
     import sqlite3
 
     copy = sqlite3.connect(f"{make_uri(path)}?immutable=1", uri=True)
     try:
-        said = str(copy.execute("PRAGMA quick_check(1)").fetchone()[0])
+        said = str(copy.execute(f"PRAGMA {check}(1)").fetchone()[0])
     except sqlite3.OperationalError:
         return ""  # it uses what only its own program has, as a collation: nothing can be said
     except sqlite3.DatabaseError as error:
@@ -4184,12 +5668,28 @@ def patch_data(base: bytes, changed: Sequence[tuple[int, int]], new: bytes | mem
     return bytes(data)
 
 
+def can_tell(data: bytes | memoryview) -> bool:
+    """Tell whether there are enough bytes to see whether they compress."""
+    return len(data) >= LOOK // 8
+
+
+def looks_scrambled(data: bytes | memoryview) -> bool:
+    """Tell whether bytes look encrypted: they do not compress at the start, in the middle or at the end."""
+    middle = len(data) // 2
+    parts = (data[:LOOK], data[middle : middle + LOOK], data[-LOOK:]) if len(data) > 3 * LOOK else (data,)
+    sample = b"".join(parts)
+    return can_tell(data) and len(zlib.compress(sample, 1)) > SCRAMBLED * len(sample)
+
+
 class Receiver:
     """Takes the answers to READ apart, checks every digest and puts what is new into the pack (I5)."""
 
     def __init__(self, reader: Reader, writer: PackWriter) -> None:
         self.reader = reader
         self.writer = writer
+        self.watching = False  # for files that look encrypted; needs an older snapshot to compare with
+        self.scrambled = 0  # files that compressed before and no longer do
+        self.opaque = 0  # files with a new name, and bytes that neither compress nor are known
         self._pieces: list[Piece] = []
         self._patches: list[tuple[bytes, list[Run], bytes | None]] = []
 
@@ -4246,6 +5746,7 @@ class Receiver:
             if len(raw) < length:
                 raise ProtocolError("sent fewer bytes than its answer names")
             self._pieces.append(self._piece(raw[:length], digest))
+            self._watch(want, digest, raw[:length])
             raw = raw[length:]
         else:
             size = self._take_patch(item, want, raw)
@@ -4253,6 +5754,17 @@ class Receiver:
             if want.base in self.reader.distrusted:
                 return Got("later", item), raw  # what it patches is damaged: ask for the whole chunk
         return Got(status, item, digest, length), raw
+
+    def _watch(self, want: Want, digest: bytes, data: memoryview) -> None:
+        """Count a file whose first bytes look encrypted, and did not."""
+        if not self.watching or want.chunk or not looks_scrambled(data):
+            return
+        if want.slot.old is None:
+            self.opaque += bool(self.writer.unknown([digest]))
+        elif want.base:
+            with contextlib.suppress(StoreError, FormatError):
+                before = self.reader.get(want.base)
+                self.scrambled += can_tell(before) and not looks_scrambled(before)
 
     @staticmethod
     def _piece(data: memoryview, digest: bytes | None = None) -> Piece:
@@ -4278,6 +5790,8 @@ class Receiver:
             raise ProtocolError("sent a patch that leaves a part of the chunk open")
         runs = patch_runs(base, changed, piece.digest, length)
         self._pieces.append(piece)
+        if 2 * size > length:
+            self._watch(want, piece.digest, piece.data)
         whole = None
         if needs_whole(runs, length) or digest in self.reader.distrusted:
             with contextlib.suppress(StoreError):  # which distrusts the base: it is not asked against again
@@ -4358,10 +5872,20 @@ class Intake:
         self.tally = Tally()
         self.blocks = BlockWriter(writer)
         self.receiver = Receiver(reader, writer)
+        self.full = False  # the disk is: what the node still lists is only counted
         self.on_seal: Callable[[Progress], None] = lambda progress: None
         self.current: Callable[[], Entry | None] = lambda: None  # the file being read, as far as it is
         reader.open_pack = writer
         writer.distrusted = reader.distrusted
+
+    @contextlib.contextmanager
+    def until_full(self) -> Iterator[None]:
+        """Go on to count what is left, should the disk be full."""
+        try:
+            yield
+        except FullStore:
+            self.full = True
+            self.reader.open_pack = None  # nothing more can be put into it
 
     def step(self) -> None:
         """Wait for the next answer."""
@@ -4384,8 +5908,11 @@ class Intake:
             fields = {"path": encode_path(want.slot.stat.path), "chunk": want.chunk, "state": want.slot.stat.state}
             files.append({**fields, "pages": len(want.pages) // PAGE_HASH} if want.pages else fields)
 
-        hashes = b"".join(want.pages for want in wants)
-        self.peer.ask(READ, {"files": files}, lambda message: on_got(self.receiver.take(message, wants)), hashes, cost)
+        def take(message: Message) -> None:
+            if not self.full:
+                on_got(self.receiver.take(message, wants))
+
+        self.peer.ask(READ, {"files": files}, take, b"".join(want.pages for want in wants), cost)
 
     def describe(self, slot: Slot, got: Got) -> Content:
         """Return what the answer about chunk 0 says of the whole file, without its chunks."""
@@ -4558,9 +6085,36 @@ class Pull:
             self.intake.peer.leave(CLOSE)
 
     def run(self, base: Base) -> tuple[bytes, ...]:
-        """Pull all that the node lists; returns the blocks of the snapshot."""
+        """Pull all that the node lists; returns the blocks of the snapshot.
+
+        Raises FullStore that says how much is left where the disk was too small.
+        """
         self._base = base
+        left: list[int] = []  # sizes of files for which there was no room
         for line in self._list():
+            if self.intake.full:
+                left += self._measure(line)
+            with self.intake.until_full():
+                self._take_line(line)
+            if self.intake.full and self._slots:
+                left += [slot.stat.size for slot in self._slots if not slot.done]
+                self._slots.clear()
+        if not self.intake.full:
+            with self.intake.until_full():
+                self._finish_slots()
+                base.finish()
+                self.intake.tally.add("deleted", base.deleted)
+                return self.intake.blocks.close()
+        left += [slot.stat.size for slot in self._slots if not slot.done]
+        self.intake.writer.abandon()
+        free = format_size(count_free(self.intake.writer.folder))
+        raise FullStore(
+            f"the store is full: {len(left)} files of {format_size(sum(left))} are still to be copied, and {free} are"
+            " free; what arrived in sealed packs is kept. Make room with `prune`, or give the store a larger disk"
+        )
+
+    def _take_line(self, line: bytes) -> None:
+        if not self.intake.full:
             slot = self._decide(line)
             self._slots.append(slot)
             if not slot.done:
@@ -4568,10 +6122,27 @@ class Pull:
             elif len(self._slots) > 2000:
                 self._send_batch()  # so that what waits behind it does not pile up
             self._emit()
-        self._finish_slots()
-        base.finish()
-        self.intake.tally.add("deleted", base.deleted)
-        return self.intake.blocks.close()
+
+    def _measure(self, line: bytes) -> list[int]:
+        """Return the size of a file that there is no room for; nothing where it is in the store."""
+        old, stat = self._base.match(line)
+        return [stat.size] if stat and stat.kind == "file" else []
+
+    def find_alarm(self, good: Snapshot | None) -> str:
+        """Return why this copy looks as if data were lost, compared with the last good one; "" where it does not."""
+        if good is None:
+            return ""
+        counts, before, receiver = self.intake.tally.counts, good.totals, self.intake.receiver
+        if "partial" not in self.intake.tally.grades:
+            if 2 * counts["files"] < before.files:
+                return f"it has {counts['files']} files, where {good.name} has {before.files}"
+            if 2 * counts["size"] < before.size:
+                return f"its files have {format_size(counts['size'])}, where {good.name} has {format_size(before.size)}"
+        renamed = receiver.opaque if 2 * counts["deleted"] > before.files else 0
+        if 2 * (receiver.scrambled + renamed) > before.files:
+            count = receiver.scrambled + renamed
+            return f"{count} of {before.files} files became bytes that do not compress, as if they were encrypted"
+        return ""
 
     def _list(self) -> Iterator[bytes]:
         """Yield the node's lines; the next batch is always asked for already."""
@@ -4580,7 +6151,8 @@ class Pull:
         self.intake.peer.ask(LIST, {}, answers.append)
         while more:
             while not answers:
-                self.intake.step()
+                with self.intake.until_full():
+                    self.intake.step()
             fields, body = answers[0].fields, answers.popleft().body
             more = fields.flag("more")
             if more:
@@ -4722,13 +6294,6 @@ class Pull:
 # ---- sweep ----
 
 
-def name_time(moment: int) -> str:
-    """Return a moment (ns) as snapshots are named: UTC, no character that a filesystem minds."""
-    import datetime
-
-    return datetime.datetime.fromtimestamp(moment // 10**9, datetime.timezone.utc).strftime("%Y-%m-%dT%H-%M-%SZ")
-
-
 @dataclass(frozen=True)
 class NodeReport:
     """What became of one address or node in one sweep."""
@@ -4786,6 +6351,8 @@ def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problem
     """
 
     def on_damage(error: BackupError) -> None:
+        if isinstance(error, MissingChunk) and reader.lost:
+            return  # `repair` has told of it
         note_once(problems, f"entries of the last snapshot are lost, and read anew: {error}")
 
     reached = b""
@@ -4860,6 +6427,8 @@ class Copier:
         progress = folder.load_progress()
         intake.on_seal = folder.save_progress
         last = next((snapshot for snapshot in folder.newest() if not snapshot.cut_off), None)
+        good = next((snapshot for snapshot in folder.newest() if snapshot.good), None)
+        intake.receiver.watching = good is not None
         base = Base(list_present(intake.reader, list_base(intake.reader, progress, last, self.store.problems)))
         pull = Pull(intake, progress.current)
         try:
@@ -4876,20 +6445,27 @@ class Copier:
         finally:
             pull.links.close()
         intake.writer.seal()
-        saved = self._save(intake, folder, replace(start, blocks=blocks, grade=worst_grade(intake.tally.grades)))
+        whole = replace(start, blocks=blocks, grade=worst_grade(intake.tally.grades), alarm=pull.find_alarm(good))
+        saved = self._save(intake, folder, whole)
         folder.drop_progress()
         try:
             pull.close()
         except NodeError as error:
             intake.tally.note("", f"the copy is complete, but the node did not end it: {error}")
-        problems = [*intake.tally.problems[len(saved.problems) :], *self.after(folder, intake.reader, saved)]
-        failed = not saved.good or bool(problems) or bool(saved.problems)
-        return replace(
-            report, snapshot=saved, problems=tuple(problems), exit_code=BackupError.exit_code if failed else 0
-        )
+        problems = intake.tally.problems[len(saved.problems) :]
+        code = 0 if saved.good and not saved.alarm else BackupError.exit_code
+        try:
+            problems += self.after(folder, intake.reader, saved)
+        except FullStore as error:  # the snapshot is complete; `latest` is not
+            problems.append(Problem("latest", str(error)))
+            code = error.exit_code
+        if problems or saved.problems:
+            code = code or BackupError.exit_code
+        return replace(report, snapshot=saved, problems=tuple(problems), exit_code=code)
 
     def _save(self, intake: Intake, folder: NodeFolder, snapshot: Snapshot) -> Snapshot:
         counts = {**intake.tally.counts, "sent": intake.peer.received, "added": intake.writer.added}
+        counts["scrambled"] = intake.receiver.scrambled + intake.receiver.opaque
         whole = replace(
             snapshot,
             finished=self.wire.clock.now(),
@@ -4910,12 +6486,11 @@ class Copier:
     def _save_known(self, target: Target, folder: NodeFolder) -> None:
         now = self.wire.clock.now()
         try:
-            first = folder.load_known().first_seen
+            known = folder.load_known()
         except (OSError, FormatError):
-            first = now
-        name = show(target.hello.name)
-        addresses = tuple(map(str, target.addresses))
-        folder.save_known(Known(folder.name, target.hello.identity, name, addresses, first, now))
+            known = Known(folder.name, "", first_seen=now)
+        name, addresses = show(target.hello.name), tuple(map(str, target.addresses))
+        folder.save_known(replace(known, identity=target.hello.identity, name=name, addresses=addresses, last_seen=now))
 
 
 def report_probe(found: Probe) -> NodeReport:
@@ -5417,19 +6992,6 @@ def restore_snapshot(
 # ---- latest: the newest version as plain files ----
 
 
-@dataclass(frozen=True)
-class LatestState:
-    """Which snapshot `latest` shows, and what else of older ones may be there."""
-
-    snapshot: str = ""
-    next: str = ""  # the snapshot that it is being made to show
-    token: str = ""  # of the temporary names of the run that makes it
-    older: tuple[str, ...] = ()  # snapshots whose files stay while a folder cannot be read
-
-
-OLDER_KEPT = 20  # snapshots; beyond them what is left is the user's to remove
-
-
 def _remove_one(folders: Folders, path: bytes, is_folder: bool) -> list[Problem]:
     try:
         folder, name = folders.parent(path)
@@ -5470,21 +7032,12 @@ class Latest:
         self.folder = folder
         self.reader = reader
         self.path = os.path.join(folder.path, "latest")
-        self._state_path = os.path.join(folder.path, "latest.json")
 
-    def _load(self) -> LatestState:
+    def load(self) -> LatestState:
+        """Return what it shows; nothing where there is no such folder."""
         if not os.path.isdir(self.path) or os.path.islink(self.path):
             return LatestState()
-        try:
-            with open(self._state_path, "rb") as file:
-                fields = Fields(file.read(), "latest.json")
-            snapshot, following, token = (fields.text(name, "") for name in ("snapshot", "next", "token"))
-            return LatestState(snapshot, following, token, tuple(fields.texts("older", OLDER_KEPT)))
-        except (OSError, FormatError):
-            return LatestState()
-
-    def _save(self, state: LatestState) -> None:
-        write_durably(self._state_path, write_json(vars(state)).encode("ascii"))
+        return self.folder.load_latest()
 
     def _blocks(self, name: str) -> tuple[bytes, ...]:
         """Return the blocks of a snapshot; none where it is lost: then all counts as new."""
@@ -5493,14 +7046,19 @@ class Latest:
         return ()
 
     def update(self, snapshot: Snapshot) -> list[Problem]:
-        """Make `latest` show `snapshot`; a run that was interrupted is done again first."""
+        """Make `latest` show `snapshot`; a run that was interrupted is done again first.
+
+        Raises FullStore where the disk has no room for it.
+        """
         try:
-            state = self._load()
+            state = self.load()
             if state.next:
                 state = self._redo(state)
             state = replace(state, next=snapshot.name, token=os.urandom(16).hex())
             return self._apply(state, snapshot)
         except (OSError, BackupError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise refuse(error, "") from None
             reason = explain(error) if isinstance(error, OSError) else str(error)
             return [Problem("latest", f"could not be brought up to date: {reason}")]
 
@@ -5511,11 +7069,11 @@ class Latest:
         except (OSError, FormatError):
             return LatestState(older=tuple(filter(None, (*state.older, state.snapshot)))[-OLDER_KEPT:])
         if self._apply(state, again):  # what is there is of either: all counts as new
-            return LatestState(older=tuple(filter(None, (*state.older, state.snapshot, state.next)))[-OLDER_KEPT:])
-        return replace(state, snapshot=state.next, next="", older=self._load().older)
+            return LatestState(older=state.snapshots[-OLDER_KEPT:])
+        return replace(state, snapshot=state.next, next="", older=self.load().older)
 
     def _apply(self, state: LatestState, snapshot: Snapshot) -> list[Problem]:
-        self._save(state)
+        self.folder.save_latest(state)
         make_folder(self.path)
         root = os.open(self.path, FOLDER_FLAGS)
         writer = FileWriter(self.reader, root, RestoreOptions(overwrite=True, private=True, token=state.token))
@@ -5534,7 +7092,7 @@ class Latest:
         older = tuple(filter(None, (*state.older, state.snapshot)))[-OLDER_KEPT:] if unread else ()
         problems += writer.problems
         if not problems:  # else it is tried again
-            self._save(LatestState(snapshot.name, older=older))
+            self.folder.save_latest(LatestState(snapshot.name, older=older))
         return problems
 
     def _compare(self, old: Sequence[bytes], snapshot: Snapshot) -> Iterator[tuple[Entry | None, Entry | None]]:
@@ -5578,17 +7136,123 @@ class Latest:
         return problems, unread is not None
 
 
+# ---- what was restored, or stands in `latest`, compared with the store ----
+
+
+def has_content(reader: Reader, content: Content, fd: int) -> bool:
+    """Tell whether an open file has this content, by its digests."""
+    if os.fstat(fd).st_size != content.size:
+        return False
+    at = 0
+    for chunk in list_chunks(reader, content):
+        for digest in itertools.repeat(b"", chunk) if isinstance(chunk, int) else (chunk,):
+            data = read_range(fd, CHUNK, at)
+            if data.count(0) != len(data) if not digest else digest_pages(hash_pages(data)) != digest:
+                return False
+            at += len(data)
+    return at == content.size
+
+
+def _differs(reader: Reader, folders: Folders, entry: Entry) -> str:
+    """Return what is wrong with the file or link that stands for an entry; "" where nothing is."""
+    try:
+        folder, name = folders.parent(entry.stat.path)
+        if entry.stat.kind == "symlink":
+            return "" if os.readlink(name, dir_fd=folder) == entry.stat.target else "points elsewhere"
+        fd = os.open(name, FILE_FLAGS, dir_fd=folder)
+    except OSError as error:
+        return f"cannot be read: {explain(error)}"
+    try:
+        return "" if has_content(reader, entry.content, fd) else "has other content"
+    finally:
+        os.close(fd)
+
+
+def verify_latest(folder: NodeFolder, reader: Reader, wanted: Callable[[Entry], bool]) -> list[Problem]:
+    """Compare the wanted files of `latest` with the snapshot that it shows; what it does not show yet is no problem."""
+    latest = Latest(folder, reader)
+    state = latest.load()
+    problems: list[Problem] = []
+    if not state.snapshot or state.next:
+        return problems
+    with contextlib.suppress(OSError, FormatError):
+        blocks = folder.load_snapshot(state.snapshot).blocks
+        with contextlib.closing(Folders(os.open(latest.path, FOLDER_FLAGS))) as folders:
+            for entry in list_entries(reader, blocks, on_damage=lambda error: None):
+                if entry.stat.kind in ("file", "symlink") and not entry.content.error and wanted(entry):
+                    try:
+                        what = _differs(reader, folders, entry)
+                    except (StoreError, FormatError):
+                        continue  # the store's damage, told elsewhere
+                    if what:
+                        problems.append(Problem(show(entry.stat.path), f"{what} in latest than in {state.snapshot}"))
+    return problems
+
+
+def repair_latest(folder: NodeFolder, reader: Reader) -> list[Problem]:
+    """Write all files of `latest` anew from the snapshot that it shows."""
+    state = folder.load_latest()
+    folder.save_latest(LatestState(older=state.snapshots[-OLDER_KEPT:]))
+    return Latest(folder, reader).update(folder.load_snapshot(state.snapshot))
+
+
+# ---- drill: a restore for practice ----
+
+
+@dataclass(frozen=True)
+class Drill:
+    """What a drill did with one node."""
+
+    node: str
+    snapshot: str = ""
+    files: int = 0  # restored and compared
+    size: int = 0  # bytes of these
+    database: str = ""  # path of the newest SQLite database, which was checked
+    problems: tuple[Problem, ...] = ()
+    succeeded: int = 0  # ns, when a drill of this node succeeded last; 0 for never
+
+
+def choose_files(entries: Iterable[Entry], count: int) -> list[Entry]:
+    """Return some files by chance (Vitter's algorithm R), and the database that was written last."""
+    import random
+
+    chance = random.SystemRandom()
+    chosen: list[Entry] = []
+    newest: Entry | None = None
+    seen = 0
+    for entry in entries:
+        if b'","kind":"file"' in entry.line and not entry.content.error and entry.stat.kind == "file":
+            seen += 1
+            place = seen - 1 if seen <= count else chance.randrange(seen)
+            if place < count:
+                chosen[place : place + 1] = [entry]
+            if entry.stat.database and (newest is None or entry.stat.mtime > newest.stat.mtime):
+                newest = entry
+    return [entry for entry in chosen if newest is None or entry.key != newest.key] + ([newest] if newest else [])
+
+
+def drill_node(reader: Reader, snapshot: Snapshot, to: str, count: int) -> Drill:
+    """Restore a sample of a snapshot below the folder `to`, compare it, and check the newest database."""
+    lost: list[Problem] = []
+    entries = list_entries(reader, snapshot.blocks, lambda error: lost.append(Problem("", str(error))))
+    chosen = choose_files(entries, count)
+    paths = [entry.stat.path for entry in chosen]
+    if paths:
+        done = restore_snapshot(reader, snapshot, paths, to, RestoreOptions())
+        lost += [problem for problem in done.problems if problem.path]
+        with contextlib.closing(Folders(os.open(to, FOLDER_FLAGS))) as folders:
+            differing = ((entry, _differs(reader, folders, entry)) for entry in chosen)
+            lost += [Problem(show(entry.stat.path), f"was restored, and {what}") for entry, what in differing if what]
+    database = next((entry for entry in chosen[-1:] if entry.stat.database), None)
+    if database and database.content.grade != "torn":
+        said = check_database(os.path.join(to, os.fsdecode(database.stat.path)), "integrity_check")
+        lost += [Problem(show(database.stat.path), f"integrity_check says: {said}")] if said else []
+    size = sum(entry.content.size for entry in chosen)
+    shown = show(database.stat.path) if database else ""
+    return Drill(snapshot.folder, snapshot.name, len(chosen), size, shown, tuple(lost))
+
+
 # ==== 12. REPORT: records in, text and JSON out ====
-
-
-def format_size(size: int) -> str:
-    """Return bytes as people read them, in powers of 1024."""
-    value = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1000 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def format_span(seconds: float) -> str:
@@ -5628,6 +7292,12 @@ def format_totals(totals: Totals) -> str:
     return ", ".join(parts) + f"; sent {format_size(totals.sent)}, stored {format_size(totals.added)}"
 
 
+def tell_alarm(snapshot: Snapshot) -> str:
+    """Return what the user should know of a snapshot that looks as if data were lost."""
+    what = f"this looks as if data were lost: {snapshot.alarm}"
+    return f"{what}; the snapshots before it are kept until `release {snapshot.folder}`"
+
+
 def format_node(report: NodeReport) -> list[str]:
     """Return the lines of one node: what became of it, then its problems."""
     others = f" (also at {', '.join(report.addresses[1:])})" if len(report.addresses) > 1 else ""
@@ -5643,6 +7313,8 @@ def format_node(report: NodeReport) -> list[str]:
         head += f"; cut off: {show(report.error)}"
     if report.note:
         head += f"; {report.note}"
+    if snapshot.alarm:
+        head += f"; {tell_alarm(snapshot)}"
     shown = [*snapshot.problems, *report.problems]
     lines = [f"  {p.path}: {p.message}" if p.path else f"  {p.message}" for p in shown[:20]]
     if len(shown) > 20:
@@ -5667,6 +7339,111 @@ def format_sweep(report: SweepReport) -> list[str]:
     return [*lines, f"sweep of {format_time(report.started)}: {phrase}{trouble}, {silent} silent, {span}"]
 
 
+def format_prune(plan: PrunePlan) -> list[str]:
+    """Return what a prune would do, or did: each snapshot with the reason why it stays or goes."""
+    lines = []
+    for node, choices in plan.choices.items():
+        rows = [
+            [choice.snapshot.name, choice.snapshot.grade, "keep" if choice.keep else "remove", choice.reason]
+            for choice in choices
+        ]
+        lines += [f"{node}:", *(f"  {line}" for line in format_table(rows))]
+    lines += [f"purge from the trash: {t.snapshot.folder}/{t.snapshot.name}" for t in plan.expired]
+    if plan.dead:
+        lines.append(f"drop {len(plan.dead)} packs ({format_size(sum(use.size for use in plan.dead))})")
+    if plan.sparse:
+        sizes = [format_size(sum(getattr(use, name) for use in plan.sparse)) for name in ("size", "live")]
+        lines.append(f"rewrite {len(plan.sparse)} packs ({sizes[0]}, of which {sizes[1]} are in use)")
+    return lines
+
+
+def format_pruned(report: PruneReport) -> str:
+    """Return in one line what a prune did."""
+    packs = f"{report.dropped} packs dropped, {report.rewritten} rewritten, {format_size(max(0, report.freed))} freed"
+    return f"prune: {report.removed} snapshots removed, {report.purged} purged from the trash, {packs}"
+
+
+def describe_prune(plan: PrunePlan, report: PruneReport) -> dict[str, Any]:
+    """Return a prune for JSON."""
+    return {
+        "nodes": {
+            node: [{"snapshot": c.snapshot.name, "keep": c.keep, "reason": c.reason} for c in choices]
+            for node, choices in plan.choices.items()
+        },
+        "expired": [[trashed.snapshot.folder, trashed.snapshot.name] for trashed in plan.expired],
+        "dead": {use.name: use.size for use in plan.dead},
+        "sparse": {use.name: [use.size, use.live] for use in plan.sparse},
+        **vars(report),
+    }
+
+
+def format_harm(harm: Harm) -> Iterator[str]:
+    """Yield one line for each file of which some version is lost."""
+    for node, path, snapshots in harm.list_files():
+        count = f" and {len(snapshots) - 3} more" if len(snapshots) > 3 else ""
+        what = show(path) if path else "all files of a block of entries"
+        yield f"lost: {node}: {what}, in {', '.join(snapshots[:3])}{count}"
+
+
+def format_damage(report: VerifyReport) -> list[str]:
+    """Return one line for each thing that is damaged, but for the files of nodes."""
+    lines = [
+        f"pack {check.name}: {check.problem}; {len(check.bad)} of its chunks are damaged" for check in report.damaged
+    ]
+    lines += [f"pack {name} is lost" for name in report.lost]
+    lines += [f"{path}: {problem}" for path, problem in report.files]
+    return lines + list(report.problems)
+
+
+def format_verified(report: VerifyReport) -> str:
+    """Return in one line how much was read."""
+    index = f"; the index was made anew: {report.index}" if report.index else ""
+    return f"verify: {report.checked} of {report.packs} packs read ({format_size(report.size)}){index}"
+
+
+def describe_verified(report: VerifyReport, harm: Harm) -> dict[str, Any]:
+    """Return what verify found for JSON."""
+    return {
+        "packs": report.packs,
+        "checked": report.checked,
+        "size": report.size,
+        "index": report.index,
+        "damaged": {check.name: check.problem for check in report.damaged},
+        "lost": list(report.lost),
+        "files": dict(report.files),
+        "problems": list(report.problems),
+        "harmed": [{"node": n, "path": encode_path(p), "snapshots": names} for n, p, names in harm.list_files()],
+        "marked": not harm.new,
+    }
+
+
+def format_repair(plan: RepairPlan) -> list[str]:
+    """Return what a repair would do."""
+    lines = [f"pack {check.name}: save what is sound in it, put it aside ({check.problem})" for check in plan.packs]
+    lines += [f"pack {name}: mark what was in it and nowhere else as lost" for name in plan.lost]
+    return lines + [f"{path}: make it anew or put it aside ({problem})" for path, problem in plan.files]
+
+
+def format_repaired(report: RepairReport) -> list[str]:
+    """Return what a repair did."""
+    lines = [f"put aside: {path}" for path in report.aside]
+    if report.lost:
+        what = f"{report.lost} chunks are lost; the next copy of their nodes asks for them again"
+        lines.append(f"{what}, and `verify` names the files")
+    return [*lines, f"repair: {report.packs} packs mended, {format_size(report.saved)} saved from them"]
+
+
+def format_drill(drill: Drill, span: float) -> list[str]:
+    """Return what a drill did with one node, in `span` seconds."""
+    last = f"; the last drill that succeeded was at {format_time(drill.succeeded)}" if drill.succeeded else ""
+    if drill.problems:
+        head = f"drill: {drill.node}: FAILED with {drill.snapshot}{last or '; none has succeeded yet'}"
+        return [head, *(f"  {p.path}: {p.message}" if p.path else f"  {p.message}" for p in drill.problems[:20])]
+    database = f", integrity_check of {drill.database} ok" if drill.database else ""
+    what = f"{drill.files} files ({format_size(drill.size)}) of {drill.snapshot} restored and compared{database}"
+    return [f"drill: {drill.node}: {what}, {format_span(span)}"]
+
+
 def describe_snapshot(snapshot: Snapshot) -> dict[str, Any]:
     """Return a snapshot for JSON, without its blocks."""
     return {
@@ -5676,6 +7453,7 @@ def describe_snapshot(snapshot: Snapshot) -> dict[str, Any]:
         "finished": snapshot.finished,
         "grade": snapshot.grade,
         "cut_off": snapshot.cut_off,
+        "alarm": snapshot.alarm,
         "roots": list(snapshot.roots),
         **vars(snapshot.totals),
         "problems": [vars(problem) for problem in snapshot.problems],
@@ -5742,8 +7520,9 @@ make a database write its dump before each copy:
     "server": """\
 copy what answers at 127.0.0.9 to .12, now and every hour:
   python zbackup.pyz server --range 9-12
-once, from cron, with a word only when something is wrong:
-  python zbackup.pyz server --network 192.168.1 --range 9-99 --store /srv/backups --once --quiet""",
+once, from cron, with a word only when something is wrong, and old snapshots removed:
+  python zbackup.pyz server --network 192.168.1 --range 9-99 --store /srv/backups --once --quiet \\
+    --keep "last 3, daily 7, weekly 5, monthly 12, yearly 3\"""",
     "list": """\
 nodes; snapshots of a node; versions of a file; files of a snapshot:
   python zbackup.pyz list
@@ -5754,6 +7533,31 @@ nodes; snapshots of a node; versions of a file; files of a snapshot:
 a file as it was three days ago, all files as they are in the newest snapshot:
   python zbackup.pyz restore 127.0.0.9 files/bd --to /tmp/back --at 3d
   python zbackup.pyz restore 127.0.0.9 --to /tmp/back""",
+    "prune": """\
+see what would go, then let it go; removed snapshots stay in the trash for 7 days:
+  python zbackup.pyz prune --keep "last 3, daily 7, weekly 5, monthly 12, yearly 3" --dry-run
+  python zbackup.pyz prune --keep "last 3, daily 7, weekly 5, monthly 12, yearly 3"
+only free what nothing names any more:
+  python zbackup.pyz prune""",
+    "undelete": """\
+bring one snapshot back, or all that are in the trash:
+  python zbackup.pyz list 127.0.0.9 --trash
+  python zbackup.pyz undelete 127.0.0.9 2026-11-23T02-23-31Z
+  python zbackup.pyz undelete 127.0.0.9 --all""",
+    "release": """\
+the files of a node are meant to be fewer, or other ones; let its older snapshots go again:
+  python zbackup.pyz release 127.0.0.9""",
+    "verify": """\
+read all; from cron, each night what was not read for the longest time:
+  python zbackup.pyz verify
+  python zbackup.pyz verify --sample 5% --max-time 1h --quiet""",
+    "repair": """\
+see what is to be done, then do it:
+  python zbackup.pyz repair --dry-run
+  python zbackup.pyz repair""",
+    "drill": """\
+restore 20 files and the newest database of each node for practice, and compare them:
+  python zbackup.pyz drill --quiet""",
     "cat": """\
 a file as it was at the end of a day:
   python zbackup.pyz cat 127.0.0.9 files/bd --at 2026-11-23 > bd""",
@@ -5794,7 +7598,10 @@ def parse_size(text: str) -> int:
 
 def write_size(size: int) -> str:
     """Return a size as parse_size reads it."""
-    return f"{size >> 20}MiB" if size % (1 << 20) == 0 else str(size)
+    units = [
+        (unit, size >> shift) for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20)) if size % (1 << shift) == 0
+    ]
+    return f"{units[0][1]}{units[0][0]}" if units and size else str(size)
 
 
 def parse_count(text: str) -> int:
@@ -5802,6 +7609,33 @@ def parse_count(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def parse_keep(text: str) -> tuple[Rule, ...]:
+    """Return the rules in `last 3, daily 7, weekly all`."""
+    rules: list[Rule] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([a-z]+)\s+([0-9]{1,6}|all)\s*", part)
+        if not match or match[1] not in PERIODS or match[1] in dict(rules):
+            periods = ", ".join(PERIODS)
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a rule such as 'last 3, daily 7, monthly all' ({periods})"
+            )
+        rules.append((match[1], 1 << 30 if match[2] == "all" else int(match[2])))
+    return tuple(rules)
+
+
+def parse_share(text: str) -> float:
+    """Return a share from `5%`."""
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%", text)
+    if not match or not 0 < float(match[1]) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 5% or 100%")
+    return float(match[1]) / 100
+
+
+def write_share(share: float) -> str:
+    """Return a share as parse_share reads it."""
+    return f"{share:.0%}"
 
 
 def parse_level(text: str) -> int:
@@ -5968,13 +7802,14 @@ class Output:
     """Where a role's words go: standard output, standard error, a log file."""
 
     def __init__(self, args: argparse.Namespace, clock: Clock) -> None:
-        self.quiet = args.quiet
+        self.quiet = getattr(args, "quiet", False)
         self.json = getattr(args, "json", False)
         self.clock = clock
         self._progress = sys.stderr.isatty() and not self.quiet and not self.json
         self._drawn = 0.0
         try:
-            self.log = open(args.log_file, "a", encoding="utf-8") if args.log_file else None  # noqa: SIM115
+            name = getattr(args, "log_file", "")
+            self.log = open(name, "a", encoding="utf-8") if name else None  # noqa: SIM115
         except OSError as error:
             raise UsageError(f"--log-file {show(args.log_file)}: {explain(error)}") from None
 
@@ -6001,16 +7836,14 @@ class Output:
             print(f"zbackup: --log-file cannot be written, and is left alone: {explain(error)}", file=sys.stderr)
             self.log = None
 
-    def draw(self, intakes: Mapping[str, Intake]) -> None:
-        """Show on a terminal how far the copies are."""
+    def draw(self, parts: Iterable[str]) -> None:
+        """Show on a terminal how far it is."""
         now = self.clock.monotonic()
-        if self._progress and intakes and now - self._drawn > 0.5:
-            self._drawn = now
-            parts = []
-            for folder, intake in list(intakes.items()):
-                counts = intake.tally.counts
-                parts.append(f"{folder} {counts['files']} files, {format_size(intake.peer.received)}")
-            print(f"\r\x1b[K{'; '.join(parts)[:150]}", end="", file=sys.stderr, flush=True)
+        if self._progress and now - self._drawn > 0.5:
+            line = "; ".join(parts)[:150]
+            if line:
+                self._drawn = now
+                print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
     def _clear(self) -> None:
         if self._progress and self._drawn:
@@ -6054,6 +7887,8 @@ def raise_file_limit() -> None:
 
 
 # ---- the commands ----
+
+Running = tuple[Clock, threading.Event]  # the clock, and the wish to stop
 
 
 def announce_node(node: Node, output: Output) -> None:
@@ -6101,6 +7936,30 @@ def run_node(args: argparse.Namespace) -> int:
     return Interrupted.exit_code if signal.SIGINT in caught else 0
 
 
+def describe_progress(intakes: Mapping[str, Intake]) -> Iterator[str]:
+    """Yield how far each copy is."""
+    for folder, intake in list(intakes.items()):
+        yield f"{folder} {intake.tally.counts['files']} files, {format_size(intake.peer.received)}"
+
+
+def open_waiting(path: str, running: Running, wait: float, create: bool = False, alone: bool = False) -> Store:
+    """Return the store; LockedStore when others have it for longer than `wait` (s)."""
+    clock, stop = running
+    end = clock.monotonic() + wait
+    while True:
+        try:
+            return open_store(path, create, alone)
+        except LockedStore:
+            if stop.is_set() or clock.monotonic() >= end:
+                raise
+            clock.sleep(0.2)
+
+
+def open_command(args: argparse.Namespace) -> Store:
+    """Return the store of a command that only reads it."""
+    return open_waiting(args.store, (make_clock(), threading.Event()), args.lock_wait)
+
+
 def make_after_pull(settings: ServerSettings) -> AfterPull:
     """Return what is done with each new snapshot."""
     if settings.latest:
@@ -6127,19 +7986,20 @@ def tell_sweep(report: SweepReport, output: Output) -> None:
         (output.warn if line.startswith("the store: ") else output.say)(line)
 
 
-def sweep_once(
-    addresses: Sequence[Address], settings: ServerSettings, running: tuple[Clock, threading.Event], output: Output
-) -> int:
+def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: Running, output: Output) -> int:
     """Make one sweep and report it; returns its exit code.  A store that fails ends this sweep only."""
     try:
-        store = open_store(settings.store, create=True)
+        store = open_waiting(settings.store, running, settings.lock_wait, create=True)
     except StoreError as error:
         output.warn(f"zbackup: {error}")
         return error.exit_code
     wire = Wire(*running, settings.heartbeat)
     try:
+        store.save_reserve(settings.reserve)
         copier = Copier(store, wire, settings, make_after_pull(settings))
-        events = Events(lambda report: tell_node(report, output), lambda: output.draw(copier.intakes))
+        events = Events(
+            lambda report: tell_node(report, output), lambda: output.draw(describe_progress(copier.intakes))
+        )
         numbers, failed = resolve(addresses)
         for lost in failed:
             events.report(lost)
@@ -6152,6 +8012,46 @@ def sweep_once(
         return error.exit_code
     finally:
         wire.close()
+        store.close()
+
+
+def worst_code(*codes: int) -> int:
+    """Return the exit code that tells of the worst."""
+    order = (Interrupted.exit_code, StoreError.exit_code, UsageError.exit_code, BackupError.exit_code, MISSING, NOBODY)
+    return next((code for code in order if code in codes), 0)
+
+
+def prune_store(args: argparse.Namespace, running: Running, output: Output, dry_run: bool = False) -> int:
+    """Remove what --keep does not keep, and free what nothing names; returns the exit code."""
+    try:
+        store = open_waiting(args.store, running, args.lock_wait, alone=not dry_run)
+    except StoreError as error:
+        if isinstance(error, LockedStore) and args.command == "server":
+            output.say(f"not pruned this time: {error}")
+            return 0
+        output.warn(f"zbackup: not pruned: {error}")
+        return error.exit_code
+    now = running[0].now()
+    try:
+        with contextlib.closing(store.reader()) as reader, contextlib.closing(Mark(store, reader)) as mark:
+            plan = plan_prune(mark, args.keep, (now, int(args.grace * 1e9)), args.max_repack)
+            changes = [c for choices in plan.choices.values() for c in choices if not c.keep]
+            if dry_run or changes or args.command == "prune":
+                for line in format_prune(plan):
+                    output.say(line)
+            report = PruneReport(problem=plan.problem) if dry_run else execute_prune(mark, plan, now)
+        if not dry_run and not store.save_reserve(args.reserve):
+            output.warn(f"zbackup: the disk of {show(args.store)} is nearly full: no reserve could be kept")
+        if output.json and args.command == "prune":
+            print(json.dumps(describe_prune(plan, report)))
+        if report.problem:
+            output.warn(f"zbackup: {report.problem}")
+        output.say("prune: this was a dry run, nothing is changed" if dry_run else format_pruned(report))
+        return StoreError.exit_code if report.problem else 0
+    except BackupError as error:
+        output.warn(f"zbackup: not pruned: {error}")
+        return error.exit_code
+    finally:
         store.close()
 
 
@@ -6171,6 +8071,8 @@ def run_server(args: argparse.Namespace) -> int:
         while not stop.is_set():
             started = clock.monotonic()
             code = sweep_once(addresses, settings, (clock, stop), output)
+            if args.keep and not stop.is_set():
+                code = worst_code(code, prune_store(args, (clock, stop), output))
             if args.once:
                 break
             # Not stop.wait: a signal's handler that sets it could find it locked by this very thread.
@@ -6181,11 +8083,156 @@ def run_server(args: argparse.Namespace) -> int:
     return 0 if signal.SIGTERM in caught and not args.once else Interrupted.exit_code
 
 
+def run_prune(args: argparse.Namespace) -> int:
+    """Remove old snapshots, and free what nothing names."""
+    clock = make_clock()
+    return prune_store(args, (clock, threading.Event()), Output(args, clock), args.dry_run)
+
+
 def tell_damage(store: Store) -> int:
     """Print what is damaged in the store; returns the exit code."""
     for problem in store.problems:
         print(f"zbackup: {problem}", file=sys.stderr)
     return StoreError.exit_code if store.problems else 0
+
+
+def run_undelete(args: argparse.Namespace) -> int:
+    """Bring removed snapshots back."""
+    if bool(args.snapshot) == args.all:
+        raise UsageError("which snapshots? Name them, or --all; `list NODE --trash` shows what is there")
+    with contextlib.closing(open_command(args)) as store:
+        folder = find_node(store, args.node)
+        for name in undelete_snapshots(folder, args.snapshot):
+            print(f"{folder.name}/{name} is back")
+        return tell_damage(store)
+
+
+def run_release(args: argparse.Namespace) -> int:
+    """Answer the alarm of a node."""
+    with contextlib.closing(open_command(args)) as store:
+        folder = find_node(store, args.node)
+        alarm = release_node(store, folder.name)
+        if alarm:
+            print(f"{folder.name}: the alarm of {alarm.name} ({alarm.alarm}) is answered; older snapshots may go again")
+        else:
+            print(f"{folder.name} has no alarm")
+        return tell_damage(store)
+
+
+def verify_all(store: Store, harm: Harm, options: VerifyOptions) -> VerifyReport:
+    """Check the store, and the plain files of each node's newest version."""
+    import random
+
+    report = verify_store(store, harm, options)
+    chance = random.SystemRandom()
+    problems = list(report.files)
+    for node in store.list_nodes():
+        folder = store.node(node.folder)
+        wanted = lambda entry: options.more() and chance.random() < options.share  # noqa: E731
+        found = verify_latest(folder, harm.reader, wanted)
+        problems += [(os.path.join(folder.path, "latest", problem.path), problem.message) for problem in found]
+    return replace(report, files=tuple(problems))
+
+
+@contextlib.contextmanager
+def looking(store: Store) -> Iterator[Harm]:
+    """Keep a store open while it is looked through for harm."""
+    with contextlib.closing(store), contextlib.closing(store.reader()) as reader:
+        harm = Harm(store, reader)
+        try:
+            yield harm
+        finally:
+            harm.close()
+
+
+def draw_bytes(output: Output) -> Callable[[int, int], None]:
+    """Return what shows on a terminal how much has been read."""
+    return lambda done, total: output.draw([f"{format_size(done)} of {format_size(total)} read"])
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Read packs, index, snapshots and all else; say what is damaged, and what suffers from it."""
+    clock = make_clock()
+    output = Output(args, clock)
+    end = clock.monotonic() + args.max_time
+    options = VerifyOptions(args.sample, clock.now(), lambda: clock.monotonic() < end, draw_bytes(output))
+    with looking(open_command(args)) as harm:
+        report = verify_all(harm.store, harm, options)
+        if args.json:
+            print(json.dumps(describe_verified(report, harm)))
+        for line in format_damage(report):
+            output.warn(line)
+        sound, harmed = report.sound and not harm.new, False
+        for line in format_harm(harm):
+            harmed = True
+            (output.say if sound else output.warn)(line)
+        output.say(format_verified(report))
+        if not sound:
+            output.warn("verify: the store is damaged; `repair` saves what can be saved")
+            return StoreError.exit_code
+        output.say("verify: no damage but what `repair` has told of" if harmed else "verify: all is well")
+        return BackupError.exit_code if harmed else 0
+
+
+def run_repair(args: argparse.Namespace) -> int:
+    """Mend a damaged store as far as that can be."""
+    clock = make_clock()
+    output = Output(args, clock)
+    if not args.dry_run and repair_identity(args.store):
+        output.say("zbackup.json was damaged or missing, and is made anew")
+    with looking(open_waiting(args.store, (clock, threading.Event()), args.lock_wait, alone=not args.dry_run)) as harm:
+        store = harm.store
+        report = verify_all(store, harm, VerifyOptions(now=clock.now(), tick=draw_bytes(output)))
+        stale = [path for path, _ in report.files if f"{os.sep}latest{os.sep}" in path[len(store.path) :]]
+        plan = plan_repair(replace(report, files=tuple(row for row in report.files if row[0] not in stale)))
+        for line in [*format_repair(plan), *(f"{path}: write it anew" for path in stale)]:
+            output.say(line)
+        if args.dry_run:
+            output.say("repair: this was a dry run, nothing is changed")
+            return 0 if report.sound else StoreError.exit_code
+        done = execute_repair(store, harm, plan)
+        for name in sorted({os.path.relpath(path, store.path).split(os.sep)[0] for path in stale}):
+            for problem in repair_latest(store.node(name), harm.reader):
+                output.warn(f"{name}: {problem.path}: {problem.message}")
+        for line in format_repaired(done):
+            output.say(line)
+        store.save_reserve(args.reserve)
+        return 0
+
+
+def run_drill(args: argparse.Namespace) -> int:
+    """Restore a sample of each node for practice, and compare it."""
+    import tempfile
+
+    clock = make_clock()
+    output = Output(args, clock)
+    drills = []
+    store = open_command(args)
+    with contextlib.closing(store), contextlib.closing(store.reader()) as reader:
+        times = load_times(store, DRILLED)
+        for node in store.list_nodes():
+            snapshot = next((s for s in store.node(node.folder).newest() if not s.cut_off), None)
+            if snapshot is None:
+                continue
+            started = clock.monotonic()
+            with tempfile.TemporaryDirectory(prefix="zbackup-drill-", dir=args.to or None) as to:
+                try:
+                    drill = drill_node(reader, snapshot, to, args.sample)
+                except OSError as error:
+                    raise RestoreError(
+                        f"{show(args.to or to)}: {explain(error)}; name another folder with --to"
+                    ) from None
+            drill = replace(drill, succeeded=times.get(node.folder, 0))
+            drills.append(drill)
+            for line in format_drill(drill, clock.monotonic() - started):
+                (output.warn if drill.problems else output.say)(line)
+            if not drill.problems:
+                times[node.folder] = clock.now()
+        save_times(store, DRILLED, times)
+        if args.json:
+            print(json.dumps([{**vars(d), "problems": [vars(p) for p in d.problems]} for d in drills]))
+        code = StoreError.exit_code if any(drill.problems for drill in drills) else 0 if drills else NOBODY
+        return tell_damage(store) or code
 
 
 def list_nodes(store: Store) -> list[list[str]]:
@@ -6203,19 +8250,27 @@ def list_nodes(store: Store) -> list[list[str]]:
     return rows
 
 
-def list_snapshots(folder: NodeFolder) -> list[list[str]]:
-    """Return the rows of a node's snapshots."""
+def list_trash(folder: NodeFolder) -> list[list[str]]:
+    """Return the rows of a node's removed snapshots."""
+    rows = [["SNAPSHOT", "GRADE", "FILES", "SIZE", "REMOVED"]]
+    for trashed in folder.list_trash():
+        totals = trashed.snapshot.totals
+        what = [trashed.snapshot.name, trashed.snapshot.grade, str(totals.files), format_size(totals.size)]
+        rows.append([*what, format_time(trashed.removed)])
+    return rows
+
+
+def list_snapshots(folder: NodeFolder, harmed: Sequence[str]) -> list[list[str]]:
+    """Return the rows of a node's snapshots; `harmed` are those that have lost content."""
     rows = [["SNAPSHOT", "TIME", "GRADE", "FILES", "SIZE", "CHANGED", "SENT", "STORED", "NOTE"]]
     for snapshot in folder.list_snapshots():
         totals = snapshot.totals
         sizes = [format_size(totals.sent), format_size(totals.added)]
-        note = (
-            f"cut off: {show(snapshot.cut_off)}"
-            if snapshot.cut_off
-            else f"{len(snapshot.problems)} problems"
-            if snapshot.problems
-            else ""
-        )
+        notes = [f"cut off: {show(snapshot.cut_off)}"] if snapshot.cut_off else []
+        notes += [f"{len(snapshot.problems)} problems"] if snapshot.problems and not notes else []
+        notes += ["damaged, see `verify`"] if snapshot.name in harmed else []
+        notes += [f"alarm: {show(snapshot.alarm)}"] if snapshot.alarm else []
+        note = "; ".join(notes)
         rows.append(
             [snapshot.name, format_time(snapshot.started), snapshot.grade, str(totals.files), format_size(totals.size)]
             + [str(totals.changed), *sizes, note]
@@ -6266,17 +8321,19 @@ def list_versions(store: Store, folder: NodeFolder, path: bytes) -> list[list[st
 def run_list(args: argparse.Namespace) -> int:
     """List nodes, a node's snapshots, the versions of a path, or the entries of a snapshot."""
     clock = make_clock()
-    with contextlib.closing(open_store(args.store)) as store:
+    with contextlib.closing(open_command(args)) as store:
         if args.node is None:
             rows = list_nodes(store)
         else:
             folder = find_node(store, args.node)
-            if args.at is not None:
+            if args.trash:
+                rows = list_trash(folder)
+            elif args.at is not None:
                 rows = list_snapshot(store, find_snapshot(folder, args.at, clock.now()), clean_path(args.path or ""))
             elif args.path is not None:
                 rows = list_versions(store, folder, clean_path(args.path))
             else:
-                rows = list_snapshots(folder)
+                rows = list_snapshots(folder, store.lost.snapshots.get(folder.name, ()))
         if args.json:
             print(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
         else:
@@ -6288,7 +8345,7 @@ def run_list(args: argparse.Namespace) -> int:
 def run_restore(args: argparse.Namespace) -> int:
     """Restore files."""
     options = RestoreOptions(overwrite=args.overwrite, numeric=args.numeric_ids)
-    with contextlib.closing(open_store(args.store)) as store:
+    with contextlib.closing(open_command(args)) as store:
         snapshot = find_snapshot(find_node(store, args.node), args.at, make_clock().now())
         reader = store.reader()
         try:
@@ -6328,7 +8385,7 @@ def write_stream(reader: Reader, content: Content, stream: BinaryIO) -> None:
 
 def run_cat(args: argparse.Namespace) -> int:
     """Write one file to standard output."""
-    with contextlib.closing(open_store(args.store)) as store:
+    with contextlib.closing(open_command(args)) as store:
         snapshot = find_snapshot(find_node(store, args.node), args.at, make_clock().now())
         path = clean_path(args.path)
         reader = store.reader()
@@ -6362,6 +8419,7 @@ class Parser(argparse.ArgumentParser):
 
 
 METAVARS: dict[Any, str] = {
+    parse_share: "SHARE",
     parse_span: "SPAN",
     parse_size: "SIZE",
     parse_count: "N",
@@ -6373,7 +8431,7 @@ METAVARS: dict[Any, str] = {
 def add_values(parser: Any, rows: Iterable[tuple[str, Callable[[str], Any], Any, str]]) -> None:
     """Add flags that take one value: name, how it is read, default, what it is."""
     for name, read, default, words in rows:
-        shown = {"SPAN": write_span, "SIZE": write_size}.get(METAVARS[read], str)(default)
+        shown = {"SPAN": write_span, "SIZE": write_size, "SHARE": write_share}.get(METAVARS[read], str)(default)
         parser.add_argument(name, type=read, default=default, metavar=METAVARS[read], help=f"{words} (default {shown})")
 
 
@@ -6389,6 +8447,9 @@ def add_switches(parser: Any, rows: Iterable[tuple[str, str]]) -> None:
         short = ["-q"] if name == "--quiet" else []
         parser.add_argument(name, *short, action="store_true", help=words)
 
+
+NODE_HELP = "folder, address or host name of a node"
+WHEN_HELP = "latest, a snapshot's name, a date, 'date time', or how long ago: 3d"
 
 COMMON_LIMITS: list[tuple[str, Callable[[str], Any], Any, str]] = [  # of both roles
     ("--level", parse_level, LEVEL, "compression level of zstd or zlib"),
@@ -6432,8 +8493,65 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_store_flag(parser: argparse.ArgumentParser) -> None:
-    """Add --store, which every command of the server's side has."""
+    """Add --store, which every command of the server's side has, and how long to wait for it."""
     parser.add_argument("--store", default=STORE, metavar="DIR", help="the folder of the backups (default %(default)s)")
+    add_values(parser, [("--lock-wait", parse_span, LOCK_WAIT, "how long to wait for a store that another run has")])
+
+
+def add_keep_flags(parser: argparse.ArgumentParser, when: str) -> None:
+    """Add the flags of retention, which `prune` and `server` have."""
+    keep = f"{when}; periods: {', '.join(PERIODS)}, each with a number or 'all'"
+    parser.add_argument("--keep", type=parse_keep, default=(), metavar="'last 3, daily 7'", help=keep)
+    rows = [
+        ("--grace", parse_span, GRACE, "how long removed snapshots stay in the trash"),
+        ("--max-repack", parse_size, MAX_REPACK, "bytes of half-empty packs rewritten by one prune"),
+        ("--reserve", parse_size, RESERVE, "bytes kept back for the day when the disk is full"),
+    ]
+    add_values(parser, rows)
+
+
+def add_check_flags(parser: argparse.ArgumentParser, switches: Iterable[tuple[str, str]]) -> None:
+    """Add the switches of a command that looks at the store, and where its messages go."""
+    add_switches(parser, [*switches, ("--quiet", "print problems only")])
+    add_words(parser, [LOG_FILE])
+
+
+def add_keep_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands of KEEP."""
+    command = add("prune", run_prune, "Remove the snapshots that --keep does not keep; free what nothing names.")
+    add_store_flag(command)
+    add_keep_flags(command, "which good snapshots of each node to keep (default: all)")
+    switches = [("--dry-run", "print what would be done, with reasons, and do nothing"), ("--json", "print JSON")]
+    add_check_flags(command, switches)
+    command = add("undelete", run_undelete, "Bring snapshots back that were removed and are still in the trash.")
+    add_store_flag(command)
+    command.add_argument("node", metavar="NODE", help=NODE_HELP)
+    command.add_argument("snapshot", nargs="*", metavar="SNAPSHOT", help="which ones")
+    add_switches(command, [("--all", "all that the trash of this node has")])
+    command = add("release", run_release, "Answer the alarm of a node whose files became much fewer, or unreadable.")
+    add_store_flag(command)
+    command.add_argument("node", metavar="NODE", help=NODE_HELP)
+
+
+def add_check_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that look for damage, mend it, and try a restore."""
+    command = add("verify", run_verify, "Check packs, index, snapshots and `latest`; name the files that are harmed.")
+    add_store_flag(command)
+    rows = [
+        ("--sample", parse_share, 1.0, "share of all bytes to read, those first that were not read for longest"),
+        ("--max-time", parse_span, 1e9, "begin no other pack after so long"),
+    ]
+    add_values(command, rows)
+    add_check_flags(command, [("--json", "print JSON")])
+    command = add("repair", run_repair, "Mend a damaged store: index, packs, snapshots; mark what is lost.")
+    add_store_flag(command)
+    add_values(command, [("--reserve", parse_size, RESERVE, "bytes kept back for the day when the disk is full")])
+    add_check_flags(command, [("--dry-run", "print what would be done, and do nothing")])
+    command = add("drill", run_drill, "Restore a sample of each node for practice, compare it, check its database.")
+    add_store_flag(command)
+    add_values(command, [("--sample", parse_count, DRILL_FILES, "files of each node")])
+    add_words(command, [("--to", "DIR", "folder for what is restored, for as long as it takes (default: temporary)")])
+    add_check_flags(command, [("--json", "print JSON")])
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -6444,6 +8562,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     hosts = "a machine by name, IPv4 or [IPv6]; repeatable"
     parser.add_argument("--host", type=parse_host, action="append", default=[], metavar="NAME[:PORT]", help=hosts)
     add_store_flag(parser)
+    add_keep_flags(parser, "after each sweep, remove the good snapshots that no rule keeps (default: keep all)")
     values = [
         ("--port", parse_port, PORT, "TCP port of the nodes"),
         ("--every", parse_span, EVERY, "time from the start of one sweep to the next"),
@@ -6474,10 +8593,6 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         ("--pack-chunks", parse_count, PACK_CHUNKS, "chunks in a pack file at most"),
     ]
     add_values(parser.add_argument_group("limits, rarely changed"), limits)
-
-
-NODE_HELP = "folder, address or host name of a node"
-WHEN_HELP = "latest, a snapshot's name, a date, 'date time', or how long ago: 3d"
 
 
 def add_version_flags(parser: argparse.ArgumentParser) -> None:
@@ -6519,7 +8634,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("node", nargs="?", metavar="NODE", help=NODE_HELP)
     command.add_argument("path", nargs="?", metavar="PATH", help="list the versions of this path")
     command.add_argument("--at", metavar="WHEN", help=f"list the files of one snapshot instead: {WHEN_HELP}")
-    command.add_argument("--json", action="store_true", help="print JSON")
+    add_switches(command, [("--trash", "list what was removed from a node"), ("--json", "print JSON")])
     command = add("restore", run_restore, "Restore files of a node, with all that was known of them.")
     add_version_flags(command)
     command.add_argument("path", nargs="*", metavar="PATH", help="what to restore (default: all)")
@@ -6533,6 +8648,8 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("cat", run_cat, "Write one file of a node to standard output.")
     add_version_flags(command)
     command.add_argument("path", metavar="PATH", help="the file")
+    add_keep_commands(add)
+    add_check_commands(add)
     return parser
 
 

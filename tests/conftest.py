@@ -183,6 +183,15 @@ def find_free_port() -> int:
         return port
 
 
+def rewrite(path: Path, **changes: object) -> None:
+    """Change members of a JSON file of the store, so that its checksum is right."""
+    import zbackup
+
+    fields = {**json.loads(path.read_text()), **changes}
+    fields.pop("sha256", None)
+    path.write_bytes(zbackup.encode_file(fields))
+
+
 def make_database(path: Path, rows: int = 1000, wal: bool = False) -> sqlite3.Connection:
     """Make a SQLite database with a table t(a, b); returns the open connection."""
     connection = sqlite3.connect(path, timeout=30)

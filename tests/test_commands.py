@@ -487,11 +487,12 @@ def test_store_missing(world: World, command: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"format": 2, "id": "x"}', "is of format 2; this zbackup knows 1"),
-        ('{"format": 1, "id": "x", "features": ["time\\u001btravel"]}', r"does not know (time\x1btravel)"),
+        ('{"format": 2, "id": "x"}', "is of format 2, this zbackup knows 1"),
+        (zbackup.encode_file({"id": "x", "features": ["time\x1btravel"]}).decode(), r"does not know (time\x1btravel)"),
         ("{", "is damaged: zbackup.json is not JSON"),
         ('{"format": "one"}', "is damaged: zbackup.json: wrong value of format"),
-        ('{"format": 1}', "is damaged: zbackup.json: wrong value of id"),
+        ('{"format": 1}', "is damaged: zbackup.json is damaged: it does not have the checksum"),
+        (zbackup.encode_file({}).decode(), "is damaged: zbackup.json: wrong value of id"),
     ],
 )
 def test_store_of_another_format(history: World, text: str, words: str) -> None:

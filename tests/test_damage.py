@@ -166,6 +166,7 @@ def test_lost_list_of_a_file_is_made_again(world: World) -> None:
     world.sweep("--no-latest")
     pack.unlink()
     assert world.sweep("--no-latest", code=4)["nodes"][0]["snapshot"]["grade"] == "stable"
+    world.run("repair")
     world.sweep("--no-latest")
     with open(world.restore() / "files/long", "rb") as restored:
         assert restored.read(6) == b"start\0"

@@ -362,7 +362,7 @@ def list_defaults() -> dict[str, object]:
 def test_settings_are_defaults_of_flags() -> None:
     defaults = list_defaults()
     assert len(defaults) > 15
-    helps = {name: get_help(name) for name in ("server", "node")}
+    helps = [get_help(name) for name in ("server", "node", "drill")]
     sources = {
         statement.target.id: ast.unparse(statement.value)
         for settings in TREE.body
@@ -370,12 +370,13 @@ def test_settings_are_defaults_of_flags() -> None:
         for statement in settings.body
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value
     }
-    flags = {"NETWORK": "--network", "EVERY": "--every", "FILE": "--file"}  # not fields of their own name
+    flags = {"NETWORK": "--network", "EVERY": "--every", "FILE": "--file", "GRACE": "--grace"}  # no fields of settings
+    flags.update(MAX_REPACK="--max-repack", DRILL_FILES="--sample")
     for field, text in sources.items():
         flags.setdefault(text, "--" + field.replace("_", "-"))
     for name, value in defaults.items():
         assert name in flags, f"{name} is the default of no flag"
-        told = find_default(helps["server"], flags[name]) or find_default(helps["node"], flags[name])
+        told = next(filter(None, (find_default(text, flags[name]) for text in helps)), "")
         assert told in list_spellings(value), f"{flags[name]} has the default {told!r}, {name} is {value!r}"
 
 
@@ -385,7 +386,7 @@ def list_spellings(value: object) -> set[str]:
         return {value}
     number = float(str(value))
     spans = {f"{number / length:g}{unit}" for unit, length in zbackup.SPANS.items()}
-    sizes = {f"{int(number) >> 10 * i}{unit}" for i, unit in enumerate(("", "KiB", "MiB", "GiB"))}
+    sizes = {f"{int(number) >> 10 * i}{unit}" for i, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB"))}
     return {str(value), f"{number:g}", f"{number:g} s", *spans, *sizes}
 
 

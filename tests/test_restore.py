@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, make_database, wait_until
+from conftest import FOLDER, PROGRAM, World, make_database, rewrite, wait_until
 
 import zbackup
 
@@ -869,8 +868,7 @@ def test_node_by_host_name(small: World) -> None:
 def test_node_name_of_several(small: World) -> None:
     other = small.store / "127.0.0.10"
     shutil.copytree(small.store / FOLDER, other)
-    known = json.loads((other / "node.json").read_text())
-    (other / "node.json").write_text(json.dumps({**known, "addresses": ["127.0.0.10"]}))
+    rewrite(other / "node.json", addresses=["127.0.0.10"])
     done = small.run("cat", "host", "b", code=2)
     assert done.stderr == "zbackup: host is the name of several nodes: 127.0.0.10, 127.0.0.9\n"
     assert small.run("cat", "127.0.0.10", "b").stdout == "other"

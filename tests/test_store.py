@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import ENV, held
+from conftest import ENV, held, rewrite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -758,7 +758,7 @@ def test_index_finds_many_at_once(store: z.Store) -> None:
     digests = [hashlib.sha256(b"%d" % i).digest() for i in range(1700)]
     store.index.put_pack("0" * 64, [(digest, 8, i) for i, digest in enumerate(digests[:1500])])
     assert store.index.find(digests) == {d: z.Place("0" * 64, 8, i) for i, d in enumerate(digests[:1500])}
-    store.index.clear()
+    store.index.reset()
     assert store.index.find(digests) == {}
 
 
@@ -792,7 +792,7 @@ def test_chunk_of_two_packs_survives_the_loss_of_one(path: str) -> None:
 def test_index_names_the_right_pack_after_another_process_made_it_again(store: z.Store) -> None:
     store.index.put_pack("0" * 64, [(bytes(32), 8, 0)])
     other = z.Index(store.index.path)
-    other.clear()
+    other.remove_pack("0" * 64)
     other.put_pack("1" * 64, [(b"1" * 32, 8, 0)])
     other.close()
     assert store.index.find([b"1" * 32]) == {b"1" * 32: z.Place("1" * 64, 8, 0)}
@@ -1226,7 +1226,7 @@ def test_store_that_is_none(path: str) -> None:
 def test_store_of_another_kind(path: str, fields: dict[str, object], words: str) -> None:
     fill(path, [b"text"])
     config = Path(path, "zbackup.json")
-    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    rewrite(config, **fields)
     for create in (True, False):
         refused(path, words, create)
 

@@ -541,7 +541,7 @@ def test_schedule_goes_on_while_the_store_is_locked(small: World) -> None:
     small.sweep()
     with open(small.store / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        server = start_loop(small)
+        server = start_loop(small, "--lock-wait", "0s")
         wait_until(lambda: "locked by another run" in server.output, what="a sweep that is locked out")
     wait_until(lambda: "1 of 1 copies good" in server.output, what="a good sweep")
     assert server.stop() == 0
