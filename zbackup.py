@@ -38,9 +38,14 @@ On disk (the formats stand in RECORDS):
     backups/zbackup.json                      the store's format, id and required features
     backups/lock                              shared to write, exclusive to delete
     backups/index.sqlite                      rebuilt from the packs when lost
+    backups/reserve                           given back when the disk is full
+    backups/verified.json, drill.json         when each pack was read, each node drilled
+    backups/damage/                           packs known lost or damaged; what is lost for good
+    backups/aside/                            damaged files that `repair` moved away
     backups/packs/3f/3f09….pack               named by the SHA-256 of its bytes
     backups/127.0.0.9/node.json               identity, addresses, first and last seen
     backups/127.0.0.9/snapshots/2026-….json   one version of all the node's files
+    backups/127.0.0.9/trash/2026-…~2026-….json  one that was removed, and when
     backups/127.0.0.9/progress.json           what a pull that was cut off had
     backups/127.0.0.9/latest/                 the newest version as plain files
     backups/127.0.0.9/latest.json             which snapshot `latest` shows
@@ -219,6 +224,10 @@ class FullStore(StoreError):
 
 class LockedStore(StoreError):
     """A store in which another run deletes, or is at work where this one would."""
+
+
+class CodecMissing(StoreError):
+    """A pack that this Python cannot read; it is not damaged."""
 
 
 class MissingChunk(StoreError):
@@ -2416,7 +2425,7 @@ class Reader:
         try:
             yield
         except CodecError as error:
-            raise StoreError(f"pack {place.pack} is {error}") from None
+            raise CodecMissing(f"pack {place.pack} is {error}") from None
         except FormatError as error:
             raise StoreError(f"pack {place.pack} is damaged: {error}") from None
         except OSError as error:
@@ -2469,11 +2478,17 @@ class Reader:
             return False
 
     def has(self, digest: bytes) -> bool:
-        """Tell whether a chunk that was lost can be read again; one that cannot is to be stored anew."""
-        with contextlib.suppress(StoreError, FormatError):
+        """Tell whether a chunk that was lost can be read again; one that cannot is to be stored anew.
+
+        Raises CodecMissing where this Python cannot tell.
+        """
+        try:
             self.get(digest)
-            return True
-        return False
+        except CodecMissing:
+            raise
+        except (StoreError, FormatError):
+            return False
+        return True
 
     def find_sound(self, digest: bytes) -> Place | None:
         """Return the first place that gives a chunk as it was: whole ones first, since patches draw from them."""
@@ -3036,9 +3051,10 @@ class Store:
         if there > size or count_free(self.path) < 4 * size:
             self.drop_reserve()
             return size == 0
-        with writing(path):
+        with contextlib.suppress(FullStore), writing(path):
             make_durably(path, lambda fd: allocate(fd, size))
-        return True
+            return True
+        return False
 
     def drop_reserve(self) -> None:
         """Give the reserve back to the disk."""
@@ -3060,8 +3076,11 @@ class Store:
     def _is_node(self, name: str) -> bool:
         if os.path.exists(os.path.join(self.path, name, "node.json")):
             return True
-        snapshots = os.path.join(self.path, name, "snapshots")  # empty while another run makes the folder
-        return os.path.isdir(snapshots) and any(entry.endswith(".json") for entry in os.listdir(snapshots))
+        node = self.node(name)  # its folders are empty while another run makes them
+        return any(
+            os.path.isdir(folder) and any(entry.endswith(".json") for entry in os.listdir(folder))
+            for folder in (node.snapshots, node.trash)
+        )
 
     def load_known(self, name: str) -> Known:
         """Return what is known of a node: its snapshots tell too, should its node.json be lost."""
@@ -3390,6 +3409,7 @@ class PrunePlan:
     expired: tuple[Trashed, ...] = ()  # in the trash for longer than it may be
     dead: tuple[PackUse, ...] = ()  # named by nothing
     sparse: tuple[PackUse, ...] = ()  # to be rewritten
+    leftovers: Leftovers = Leftovers(())
     problem: str = ""  # why no space is freed
 
 
@@ -3516,7 +3536,7 @@ def plan_prune(mark: Mark, rules: Sequence[Rule], when: tuple[int, int], max_rep
     histories = [load_history(store, node.folder) for node in store.list_nodes()]
     choices = {history.node: plan_history(history, rules) for history in histories}
     expired = [t for history in histories for t in history.trash if t.removed + grace <= now]
-    plan = PrunePlan(choices, grace > 0, tuple(expired))
+    plan = PrunePlan(choices, grace > 0, tuple(expired), leftovers=plan_leftovers(store))
     packs = list_packs(store.packs)
     damage = store.list_damage(packs)
     if damage or any(history.unread for history in histories):
@@ -3616,6 +3636,7 @@ class Repacker:
 def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_SIZE) -> PruneReport:
     """Do what a plan says: snapshots first, then dead packs, then sparse ones; may be interrupted at any point."""
     store = mark.store
+    execute_leftovers(plan.leftovers)
     removed = [c.snapshot for choices in plan.choices.values() for c in choices if not c.keep]
     for snapshot in removed:
         folder = store.node(snapshot.folder)
@@ -3638,7 +3659,9 @@ def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_S
         for use in plan.sparse:
             try:
                 repacker.put(use)
-            except FormatError as error:
+            except CodecError as error:
+                problem = f"pack {use.name} is {error}"
+            except (FormatError, OSError) as error:
                 store.note_damage(use.name, BAD_PACK)
                 problem = f"pack {use.name} is damaged: {error}; see `repair`"
         repacker.finish()
@@ -3759,7 +3782,7 @@ def verify_pack(reader: Reader, name: str, path: str) -> PackCheck:
             found = scan_records(file.fileno(), size)
             sound = {digest for record in found for digest in list_sound(reader, file.fileno(), record)}
     except CodecError as error:
-        raise StoreError(f"pack {name} is {error}") from None
+        raise CodecMissing(f"pack {name} is {error}") from None
     except OSError as error:
         return PackCheck(name, 0, f"cannot be read: {explain(error)}", tuple(reader.index.list_digests(name)))
     try:
@@ -3826,6 +3849,8 @@ class Harm(TemporaryTable):
         grades: list[str] = []
         try:
             entries = list(list_entries(self.reader, [block]))
+        except CodecMissing:
+            raise
         except (StoreError, FormatError):
             self._note([block])
             self.execute("INSERT INTO paths VALUES (?, ?)", (block, b""))
@@ -3936,7 +3961,8 @@ def verify_index(store: Store, packs: Mapping[str, str]) -> str:
         for name, path in packs.items():
             with contextlib.suppress(FormatError, OSError):  # told when the pack is read
                 rows = list({row[0]: row for row in reversed(read_pack_index(path))}.values())
-                if counts.get(name, 0) != len(rows) or not store.index.has_rows(name, rows):
+                store.index.put_pack(name, rows)  # should another process have sealed it just now
+                if counts.get(name, len(rows)) != len(rows) or not store.index.has_rows(name, rows):
                     raise StoreError(f"it did not say what pack {name} holds")
         if counts.keys() - list_packs(store.packs).keys():  # anew: other processes add packs meanwhile
             raise StoreError("it named packs that are not there")
@@ -6351,6 +6377,8 @@ def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problem
     """
 
     def on_damage(error: BackupError) -> None:
+        if isinstance(error, CodecMissing):
+            raise error  # else all would be sent and stored once more
         if isinstance(error, MissingChunk) and reader.lost:
             return  # `repair` has told of it
         note_once(problems, f"entries of the last snapshot are lost, and read anew: {error}")
@@ -7237,8 +7265,11 @@ def drill_node(reader: Reader, snapshot: Snapshot, to: str, count: int) -> Drill
     entries = list_entries(reader, snapshot.blocks, lambda error: lost.append(Problem("", str(error))))
     chosen = choose_files(entries, count)
     paths = [entry.stat.path for entry in chosen]
+    size, free = sum(entry.content.size for entry in chosen), count_free(to)
+    if size > free:
+        raise RestoreError(f"the drill needs {format_size(size)}, {to} has {format_size(free)}; name another --to")
     if paths:
-        done = restore_snapshot(reader, snapshot, paths, to, RestoreOptions())
+        done = restore_snapshot(reader, snapshot, paths, to, RestoreOptions(private=True))
         lost += [problem for problem in done.problems if problem.path]
         with contextlib.closing(Folders(os.open(to, FOLDER_FLAGS))) as folders:
             differing = ((entry, _differs(reader, folders, entry)) for entry in chosen)
@@ -7247,7 +7278,6 @@ def drill_node(reader: Reader, snapshot: Snapshot, to: str, count: int) -> Drill
     if database and database.content.grade != "torn":
         said = check_database(os.path.join(to, os.fsdecode(database.stat.path)), "integrity_check")
         lost += [Problem(show(database.stat.path), f"integrity_check says: {said}")] if said else []
-    size = sum(entry.content.size for entry in chosen)
     shown = show(database.stat.path) if database else ""
     return Drill(snapshot.folder, snapshot.name, len(chosen), size, shown, tuple(lost))
 
@@ -7348,6 +7378,8 @@ def format_prune(plan: PrunePlan) -> list[str]:
             for choice in choices
         ]
         lines += [f"{node}:", *(f"  {line}" for line in format_table(rows))]
+    if plan.leftovers.paths:
+        lines.append(f"remove {len(plan.leftovers.paths)} files that interrupted runs have left")
     lines += [f"purge from the trash: {t.snapshot.folder}/{t.snapshot.name}" for t in plan.expired]
     if plan.dead:
         lines.append(f"drop {len(plan.dead)} packs ({format_size(sum(use.size for use in plan.dead))})")

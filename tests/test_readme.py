@@ -71,6 +71,10 @@ def test_readme_first_backup_works_as_written(place: Path) -> None:
         run(script["restore"], place)
         assert (place / "bd.copy").read_text() == "my changed data\n"
         assert (place / "yesterday/files/bd").read_text() == "my changed data\n"
+        assert "1 files (16 B)" in run(script["drill"], place)
+        assert "127.0.0.9/20" in run(script["prune"], place)
+        assert len(list((place / "backups/127.0.0.9/snapshots").iterdir())) == 2
+        assert "verify: all is well" in run(script["verify"], place)
     finally:
         node.terminate()
         code = node.wait(10)
