@@ -134,6 +134,9 @@ HEAD_LIMIT = 4 << 20  # bytes of a message's JSON head
 BODY_LIMIT = 2 << 20  # bytes of a message's body, a frame of incompressible chunks included
 XATTR_LIMIT = 256 << 10  # bytes of the extended attributes of one file
 READ_LIMIT = 256  # files in one READ: their items fit the head
+QUESTION_LIMIT = 1 << 20  # bytes of the head of a question: what a server asks at once is below it
+WAITING_LIMIT = 8 << 20  # bytes of questions that wait in one session; decoded, they may take 25 times as much
+RAW_LIMIT = 64 << 20  # bytes of decompressed frames that a reader keeps
 QUEUE_LIMIT = 64  # requests waiting in one session: four times the default window
 RECORD_LIMIT = 64 << 20  # bytes of one record of a pack, before memory is taken for it
 
@@ -880,8 +883,8 @@ def decode_footer(footer: bytes, proof: bytes) -> Iterator[tuple[int, int, list[
         start = at + FOOTER_ROW.size
         offset, kind, count = FOOTER_ROW.unpack(footer[at:start].ljust(FOOTER_ROW.size, b"\xff"))
         at = start + count * DIGEST
-        if at > len(footer):
-            raise FormatError("the index at the end of the pack is cut off")
+        if at > len(footer) or offset >= 1 << 63:
+            raise FormatError("the index at the end of the pack is cut off, or names no place in it")
         yield offset, kind, [footer[i : i + DIGEST] for i in range(start, at, DIGEST)]
 
 
@@ -1211,12 +1214,15 @@ def create_locked(prefix: str) -> tuple[int, str]:
         os.close(fd)
 
 
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of a filesystem without hard links
+
+
 def _link_or_move(source: str | bytes, path: str | bytes, folder: int | None = None) -> bool:
     """Give a file another name that is not taken; tells whether it has the first one still."""
     try:
         os.link(source, path, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+        if error.errno not in NO_LINKS:
             raise
         # A filesystem without hard links: the next best is to look first.
         with contextlib.suppress(FileNotFoundError):
@@ -1266,11 +1272,48 @@ def write_durably(path: str, data: bytes, replacing: bool = True) -> None:
 def move_durably(path: str, to: str) -> None:
     """Move a file to a free name in another folder of the same disk: at no instant is it in neither."""
     make_folder(os.path.dirname(to))
-    both = _link_or_move(path, to)
+    try:
+        both = _link_or_move(path, to)
+    except FileExistsError:
+        if not os.path.samefile(path, to):
+            raise
+        both = True  # an earlier move was cut off
     sync_folder(os.path.dirname(to))
     if both:
         os.unlink(path)
     sync_folder(os.path.dirname(path))
+
+
+def copy_range(source: int, target: int, length: int, offset: int) -> None:
+    """Copy bytes between two files at the same offset, inside the kernel where it can."""
+    while length > 0:
+        try:
+            done = os.copy_file_range(source, target, length, offset, offset)
+        except (OSError, AttributeError):
+            data = read_range(source, min(length, CHUNK), offset)
+            os.lseek(target, offset, os.SEEK_SET)
+            write_all(target, data)
+            done = len(data)
+        if done == 0:
+            raise FormatError("a file became shorter while it was copied")
+        length, offset = length - done, offset + done
+
+
+def keep_durably(path: str, to: str) -> None:
+    """Give a file a second name, or a copy where there are no links; FileExistsError if another file has that name."""
+    make_folder(os.path.dirname(to))
+    try:
+        os.link(path, to, follow_symlinks=False)
+    except FileExistsError:
+        if not os.path.samefile(path, to):
+            raise
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            make_durably(to, lambda fd: copy_range(file.fileno(), fd, size, 0), replacing=False)
+    sync_folder(os.path.dirname(to))
 
 
 def remove_durably(path: str) -> None:
@@ -1304,21 +1347,6 @@ def clone_file(source: int, target: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def copy_range(source: int, target: int, length: int, offset: int) -> None:
-    """Copy bytes between two files at the same offset, inside the kernel where it can."""
-    while length > 0:
-        try:
-            done = os.copy_file_range(source, target, length, offset, offset)
-        except (OSError, AttributeError):
-            data = read_range(source, min(length, CHUNK), offset)
-            os.lseek(target, offset, os.SEEK_SET)
-            write_all(target, data)
-            done = len(data)
-        if done == 0:
-            raise FormatError("a file became shorter while it was copied")
-        length, offset = length - done, offset + done
 
 
 def sync_filesystem(fd: int) -> None:
@@ -1481,6 +1509,7 @@ class Message:
     number: int  # an answer bears its question's
     fields: Fields
     body: bytes | memoryview = b""
+    size: int = 0  # bytes as it came
 
 
 def encode_message(kind: str, number: int, fields: Mapping[str, Any], body: bytes = b"") -> list[bytes]:
@@ -1488,16 +1517,17 @@ def encode_message(kind: str, number: int, fields: Mapping[str, Any], body: byte
     return [write_json({"kind": kind, "number": number, **fields}).encode("ascii"), body]
 
 
-def decode_message(frames: Sequence[Any]) -> Message:
+def decode_message(frames: Sequence[Any], head_limit: int = HEAD_LIMIT) -> Message:
     """Return the Message in frames as pyzmq gives them; ProtocolError unless it is one."""
     if len(frames) != 2:
         raise ProtocolError(f"sent a message of {len(frames)} frames instead of 2")
     head, body = frames[0].buffer, frames[1].buffer
-    if len(head) > HEAD_LIMIT or len(body) > BODY_LIMIT:
+    if len(head) > head_limit or len(body) > BODY_LIMIT:
         raise ProtocolError(f"sent a message of {len(head)} + {len(body)} bytes, beyond the limit")
     try:
         fields = Fields(head, "its message")
-        return Message(fields.text("kind", limit=20), fields.integer("number"), fields, body)
+        kind, number = fields.text("kind", limit=20), fields.integer("number")
+        return Message(kind, number, fields, body, len(head) + len(body))
     except FormatError as error:
         raise ProtocolError(f"sent what is no message: {error}") from None
 
@@ -1630,7 +1660,11 @@ class Peer:
         self._number += 1
         self._owed.append((kind, self._number, cost, on_answer))
         self._cost += cost
-        self.socket.send_multipart(encode_message(kind, self._number, fields, body), copy=False)
+        try:
+            frames = encode_message(kind, self._number, fields, body)
+            self.socket.send_multipart(frames, self.wire.zmq.NOBLOCK, copy=False)
+        except self.wire.zmq.Again:  # libzmq has given up the connection: a blocking send would wait for ever
+            raise NodeError("the connection to the node was lost", "lost") from None
 
     def step(self, timeout: float, longest: float) -> None:
         """Wait for the next answer and hand it on.
@@ -1791,7 +1825,7 @@ class Listener:
             address = frames[-1].get("Peer-Address")
         except self.wire.zmq.ZMQError:
             address = ""
-        return Request(frames[0].bytes, str(address), decode_message(frames[1:]))
+        return Request(frames[0].bytes, str(address), decode_message(frames[1:], QUESTION_LIMIT))
 
     def _pass_on(self) -> None:
         zmq = self.wire.zmq
@@ -1880,12 +1914,15 @@ def writing(path: str) -> Iterator[None]:
 
 INCOMING = "incoming-"  # prefix of a pack in the making
 
-INDEX_VERSION = 1  # PRAGMA user_version of index.sqlite; another one is rebuilt
+INDEX_VERSION = 2  # PRAGMA user_version of index.sqlite; another one is rebuilt
 INDEX_SCHEMA = """
 CREATE TABLE packs (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
 CREATE TABLE chunks (digest BLOB NOT NULL, pack INTEGER NOT NULL, record INTEGER NOT NULL,
     place INTEGER NOT NULL, PRIMARY KEY (digest, pack)) WITHOUT ROWID;
+CREATE INDEX loose ON chunks (pack) WHERE place < 0
 """
+
+# A place of -1 - n stands for a patch at n that draws from what no pack holds: it is not to be found.
 
 
 @dataclass(frozen=True)
@@ -1984,11 +2021,12 @@ class Index:
         with self._locked():
             return {name or "": count for name, count in self._connection.execute(select)}
 
-    def list_digests(self, name: str) -> list[bytes]:
-        """Return the digests that it has for a pack."""
-        select = "SELECT digest FROM chunks WHERE pack = (SELECT id FROM packs WHERE name = ?)"
+    def list_rows(self, name: str) -> list[tuple[bytes, int, int]]:
+        """Return the rows (digest, record, place) that it has for a pack."""
+        where = "WHERE place >= 0 AND pack = (SELECT id FROM packs WHERE name = ?)"
+        select = f"SELECT digest, record, place FROM chunks {where}"
         with self._locked():
-            return [row[0] for row in self._connection.execute(select, (name,))]
+            return self._connection.execute(select, (name,)).fetchall()
 
     def check(self) -> None:
         """Let SQLite look through the whole file; StoreError where it finds something amiss."""
@@ -2001,10 +2039,39 @@ class Index:
         """Tell whether it has all these rows (digest, record, place) for a pack."""
         for start in range(0, len(rows), 500):
             group = rows[start : start + 500]
-            places = self.find_all([digest for digest, _, _ in group])
-            if any(Place(name, record, place) not in places.get(digest, []) for digest, record, place in group):
-                return False
+            places = self._find([digest for digest, _, _ in group], "")
+            for digest, record, place in group:
+                there = places.get(digest, [])
+                if Place(name, record, place) not in there and Place(name, record, -1 - place) not in there:
+                    return False
         return True
+
+    def list_loose(self) -> dict[str, set[bytes]]:
+        """Return the patches that are not to be found, by pack."""
+        select = "SELECT name, digest FROM chunks JOIN packs ON id = pack WHERE place < 0"
+        found: dict[str, set[bytes]] = {}
+        with self._locked():
+            for name, digest in self._connection.execute(select):
+                found.setdefault(name, set()).add(digest)
+        return found
+
+    def put_loose(self, name: str, digests: Set[bytes], tied: Set[bytes] = frozenset()) -> None:
+        """Let patches of a pack not be found, and those that are tied again be found; durable on return."""
+        update = (
+            "UPDATE chunks SET place = -1 - place WHERE digest = ? AND pack = (SELECT id FROM packs WHERE name = ?)"
+        )
+        if digests or tied:
+            with self._locked(), self._synchronous(), self._transaction():
+                self._connection.executemany(update + " AND place >= 0", ((digest, name) for digest in digests))
+                self._connection.executemany(update + " AND place < 0", ((digest, name) for digest in tied))
+
+    @contextlib.contextmanager
+    def _synchronous(self) -> Iterator[None]:
+        self._connection.execute("PRAGMA synchronous = FULL")
+        try:
+            yield
+        finally:
+            self._connection.execute("PRAGMA synchronous = NORMAL")
 
     def remove_pack(self, name: str, digests: Iterable[bytes] | None = None) -> None:
         """Forget a pack, and what it held; durable on return, or a pack that is removed then would be missed.
@@ -2013,17 +2080,13 @@ class Index:
         """
         of_pack = "pack = (SELECT id FROM packs WHERE name = ?)"
         with self._locked():
-            self._connection.execute("PRAGMA synchronous = FULL")
-            try:
-                with self._transaction():
-                    if digests is None:
-                        self._connection.execute(f"DELETE FROM chunks WHERE {of_pack}", (name,))
-                    else:
-                        rows = ((digest, name) for digest in digests)
-                        self._connection.executemany(f"DELETE FROM chunks WHERE digest = ? AND {of_pack}", rows)
-                    self._connection.execute("DELETE FROM packs WHERE name = ?", (name,))
-            finally:
-                self._connection.execute("PRAGMA synchronous = NORMAL")
+            with self._synchronous(), self._transaction():
+                if digests is None:
+                    self._connection.execute(f"DELETE FROM chunks WHERE {of_pack}", (name,))
+                else:
+                    rows = ((digest, name) for digest in digests)
+                    self._connection.executemany(f"DELETE FROM chunks WHERE digest = ? AND {of_pack}", rows)
+                self._connection.execute("DELETE FROM packs WHERE name = ?", (name,))
             self._names = {number: known for number, known in self._names.items() if known != name}
 
     def reset(self, in_memory: bool = False) -> None:
@@ -2056,11 +2119,14 @@ class Index:
 
         Several packs hold one digest after pulls side by side, or when damage was mended.
         """
+        return self._find(digests, "AND place >= 0")
+
+    def _find(self, digests: Sequence[bytes], which: str) -> dict[bytes, list[Place]]:
         found: dict[bytes, list[Place]] = {}
         for start in range(0, len(digests), 500):
             group = digests[start : start + 500]
             marks = ",".join("?" * len(group))
-            select = f"SELECT * FROM chunks WHERE digest IN ({marks}) ORDER BY digest, pack DESC"
+            select = f"SELECT * FROM chunks WHERE digest IN ({marks}) {which} ORDER BY digest, pack DESC"
             with self._locked():
                 rows = self._connection.execute(select, group).fetchall()
             if any(row[1] not in self._names for row in rows):
@@ -2108,6 +2174,43 @@ def read_footer(path: str) -> Iterator[tuple[int, int, list[bytes]]]:
 def read_pack_index(path: str) -> list[tuple[bytes, int, int]]:
     """Return digest, record and place of all that a pack holds; FormatError where it is damaged."""
     return [(digest, offset, place) for offset, _, digests in read_footer(path) for place, digest in enumerate(digests)]
+
+
+def load_record(fd: int, offset: int) -> Record:
+    """Return the head and table of the record at an offset of a pack; FormatError where there is none."""
+    head = read_range(fd, RECORD.size, offset)
+    size = decode_record_head(head, offset)[3]
+    return decode_record(head, read_range(fd, size, offset + RECORD.size), offset)
+
+
+def load_raw(fd: int, record: Record) -> bytes:
+    """Return the data of a record of a pack, decompressed."""
+    return decompress(record.codec, read_range(fd, record.stored, record.data_offset), record.raw)
+
+
+def list_patches(path: str) -> Iterator[tuple[bytes, tuple[Run, ...]]]:
+    """Yield digest and runs of all patches of a pack; FormatError where it is damaged."""
+    with open(path, "rb") as file:
+        for offset, kind, _ in read_footer(path):
+            if kind == PATCHES:
+                record = load_record(file.fileno(), offset)
+                raw = load_raw(file.fileno(), record)
+                for (digest, length), start in zip(record.rows, record.starts):
+                    yield digest, decode_patch(raw[start : start + length])
+
+
+def find_loose(index: Index, path: str) -> set[bytes]:
+    """Return the patches of a pack that draw from what no pack holds: the index must not name them.
+
+    Content that comes back would else be taken for known.  None of a pack that cannot be read.
+    """
+    loose: set[bytes] = set()
+    with contextlib.suppress(FormatError, OSError):
+        for digest, runs in list_patches(path):
+            sources = list({run.source for run in runs})
+            if len(index.find(sources)) < len(sources):
+                loose.add(digest)
+    return loose
 
 
 class PackWriter:
@@ -2286,18 +2389,6 @@ class PackWriter:
             self.fd = -1
 
 
-def load_record(fd: int, offset: int) -> Record:
-    """Return the head and table of the record at an offset of a pack; FormatError where there is none."""
-    head = read_range(fd, RECORD.size, offset)
-    size = decode_record_head(head, offset)[3]
-    return decode_record(head, read_range(fd, size, offset + RECORD.size), offset)
-
-
-def load_raw(fd: int, record: Record) -> bytes:
-    """Return the data of a record of a pack, decompressed."""
-    return decompress(record.codec, read_range(fd, record.stored, record.data_offset), record.raw)
-
-
 def _remember(cache: OrderedDict[Any, Any], key: object, value: object, most: int) -> None:
     cache[key] = value
     if len(cache) > most:
@@ -2375,6 +2466,8 @@ class Reader:
             raw = load_raw(self._file(place.pack), record)
             if place.pack:
                 _remember(self._raws, key, raw, self._frames)
+                while len(self._raws) > 1 and sum(map(len, self._raws.values())) > RAW_LIMIT:
+                    self._raws.popitem(last=False)
             return raw
         self._raws.move_to_end(key)
         return self._raws[key]
@@ -2406,7 +2499,7 @@ class Reader:
         record, data = self._row(place)
         runs = () if record.kind == FRAME else decode_patch(bytes(data))
         # The second time with each source checked, which tells where the damage is.
-        for read in (self._whole, self.get):
+        for read in (self._whole, self._sound):
             chunk = self._assemble(runs, read) if runs else bytes(data)
             if digest_pages(hash_pages(chunk)) == digest:
                 return chunk
@@ -2448,6 +2541,17 @@ class Reader:
         found: memoryview = self._first(digest, self._read_whole)
         return found
 
+    def _sound(self, digest: bytes) -> bytes:
+        """Return a chunk that is kept whole, checked."""
+        found: bytes = self._first(digest, self._read_sound)
+        return found
+
+    def _read_sound(self, place: Place, digest: bytes) -> bytes:
+        data = bytes(self._read_whole(place, digest))
+        if digest_pages(hash_pages(data)) != digest:
+            raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
+        return data
+
     def _read_whole(self, place: Place, digest: bytes) -> memoryview:
         record, data = self._row(place)
         if record.kind != FRAME:
@@ -2465,7 +2569,11 @@ class Reader:
             if run.offset % PAGE:
                 break  # not made of pages: the digest tells
             start, end = run.offset // PAGE, count_pages(run.offset + run.length)
-            parts.append(self._first(run.source, self._read_pages)[start * PAGE_HASH : end * PAGE_HASH])
+            length, pages = self._first(run.source, self._read_pages)
+            stop = run.offset + run.length
+            if stop > length or (stop % PAGE and stop != length):
+                break  # not made of whole pages
+            parts.append(pages[start * PAGE_HASH : end * PAGE_HASH])
         return b"".join(parts)
 
     def gives(self, digest: bytes, runs: Sequence[Run]) -> bool:
@@ -2473,7 +2581,7 @@ class Reader:
         try:
             if digest_pages(self._join_pages(runs)) == digest:
                 return True
-            return digest_pages(hash_pages(self._assemble(runs, self.get))) == digest
+            return digest_pages(hash_pages(self._assemble(runs, self._sound))) == digest
         except (StoreError, FormatError):
             return False
 
@@ -2501,11 +2609,11 @@ class Reader:
                 sound.append((record.kind != FRAME, place))
         return min(sound, key=lambda found: found[0])[1] if sound else None
 
-    def _read_pages(self, place: Place, digest: bytes) -> bytes:
+    def _read_pages(self, place: Place, digest: bytes) -> tuple[int, bytes]:
         record = self.record(place)
         if record.kind != FRAME:
             raise FormatError(f"chunk {digest.hex()}, which a patch draws from, is a patch itself")
-        return record.pages(place.place)
+        return record.rows[place.place][1], record.pages(place.place)
 
 
 # ---- entries in blocks, chunks in lists ----
@@ -2913,11 +3021,16 @@ class NodeFolder:
         return sorted(found, key=lambda trashed: trashed.snapshot.sequence)
 
     def remove_snapshot(self, name: str, now: int) -> None:
-        """Move a snapshot to the trash."""
+        """Move a snapshot to the trash; where an earlier move was cut off, it is finished."""
+        path = os.path.join(self.snapshots, f"{name}.json")
+        there = os.listdir(self.trash) if os.path.isdir(self.trash) else []
+        copies = [os.path.join(self.trash, file) for file in there if file.startswith(f"{name}~")]
+        again = [copy for copy in copies if os.path.samefile(copy, path)]
+        first = f"{name}~{name_time(now)}"
+        free = itertools.chain([f"{first}.json"], (f"{first}-{number}.json" for number in itertools.count(2)))
+        named = os.path.join(self.trash, next(file for file in free if file not in there))
         with writing(self.path):
-            move_durably(
-                os.path.join(self.snapshots, f"{name}.json"), os.path.join(self.trash, f"{name}~{name_time(now)}.json")
-            )
+            move_durably(path, again[0] if again else named)
 
     def undelete_snapshot(self, trashed: Trashed) -> None:
         """Bring a snapshot back from the trash."""
@@ -2974,8 +3087,8 @@ class Store:
         self.index = index
         self.problems: list[str] = []  # what is damaged, found while opening
         self._lock = lock
-        self.load_index()
         self.lost = self._load_lost()
+        self.load_index()
 
     def close(self) -> None:
         """Give up the lock."""
@@ -2986,16 +3099,29 @@ class Store:
         """Make the index say what the packs say (I4); what is damaged is noted until `repair` has seen to it."""
         known = self.index.list_packs()  # first: other processes add packs meanwhile
         packs = list_packs(self.packs)
-        for name in sorted(known - packs.keys()):
+        lost, new = sorted(known - packs.keys()), sorted(packs.keys() - known)
+        for name in lost:
             self.note_damage(name, LOST_PACK)
             self.index.remove_pack(name)  # others may hold what it held
-        for name, what in self.list_damage(packs).items():
-            note_once(self.problems, f"pack {name} is {what}, and with it parts of snapshots; see `repair`")
-        for name in sorted(packs.keys() - known):
+        for name in new:
             try:
                 self.index.put_pack(name, read_pack_index(packs[name]))
-            except (FormatError, OSError) as error:
-                note_once(self.problems, f"pack {packs[name]} cannot be read: {error}; see `repair`")
+            except FileNotFoundError:
+                continue  # listed in the moment in which another run replaced it
+            except (FormatError, OSError):
+                self.note_damage(name, BAD_PACK)
+        if new or lost or self.lost.digests:
+            self._find_loose_anew({name: packs[name] for name in packs if lost or name in new})
+        for name, what in self.list_damage(packs).items():
+            note_once(self.problems, f"pack {name} is {what}, and with it parts of snapshots; see `repair`")
+
+    def _find_loose_anew(self, packs: Mapping[str, str]) -> None:
+        """Let patches be found if what they draw from is there: those of these packs, and those that were loose."""
+        before = self.index.list_loose()
+        paths = {name: os.path.join(self.packs, name[:2], f"{name}.pack") for name in before}
+        for name, path in {**paths, **packs}.items():
+            loose = find_loose(self.index, path)
+            self.index.put_loose(name, loose, before.get(name, set()) - loose)
 
     def note_damage(self, pack: str, what: str) -> None:
         """Remember that a pack is lost or damaged, for all runs until `repair`."""
@@ -3016,10 +3142,21 @@ class Store:
 
     def forget_damage(self) -> None:
         """Drop all notes on packs: `repair` has dealt with them."""
-        with contextlib.suppress(FileNotFoundError):
+        if os.path.isdir(self.damage):
             for file in os.listdir(self.damage):
                 if file.endswith((f".{LOST_PACK}", f".{BAD_PACK}")):
-                    os.unlink(os.path.join(self.damage, file))
+                    self._forget(file)
+
+    def _forget(self, file: str) -> None:
+        path = os.path.join(self.damage, file)
+        with writing(path):
+            remove_durably(path)
+
+    def note_sound(self, pack: str) -> None:
+        """Drop the note on a pack that has been read without fault since."""
+        if os.path.exists(os.path.join(self.damage, f"{pack}.{BAD_PACK}")):
+            with contextlib.suppress(StoreError):  # a store that cannot be written
+                self._forget(f"{pack}.{BAD_PACK}")
 
     def _load_lost(self) -> Lost:
         try:
@@ -3071,9 +3208,10 @@ class Store:
 
     def list_nodes(self) -> list[Known]:
         """Return all nodes that have a folder, by name."""
-        return [self.load_known(name) for name in sorted(os.listdir(self.path)) if self._is_node(name)]
+        return [self.load_known(name) for name in sorted(os.listdir(self.path)) if self.is_node(name)]
 
-    def _is_node(self, name: str) -> bool:
+    def is_node(self, name: str) -> bool:
+        """Tell whether a name in the store is a node's folder."""
         if os.path.exists(os.path.join(self.path, name, "node.json")):
             return True
         node = self.node(name)  # its folders are empty while another run makes them
@@ -3139,20 +3277,24 @@ def _load_identity(path: str) -> str:
         raise StoreError(f"the store {path} is damaged: {error}; see `repair`") from None
 
 
-def open_index(path: str, alone: bool = False) -> Index:
-    """Return the index of the store at `path`; one in memory where the store cannot be written.
+LITTLE = 1 << 20  # bytes: SQLite may need as much to open an index
 
-    Who is alone in the store does without the file where the disk has no room for it.
+
+def open_index(path: str, alone: bool = False) -> Index:
+    """Return the index of the store at `path`; one in memory where the store cannot be written, or is full.
+
+    Who is alone in the store gives the room of the file back then.  Raises StoreError where the
+    file cannot be opened for another reason.
     """
     import sqlite3
 
     try:
         return Index(os.path.join(path, "index.sqlite"))
-    except (sqlite3.OperationalError, OSError):
-        if alone:
+    except (sqlite3.OperationalError, OSError) as error:
+        if alone and count_free(path) <= LITTLE:
             remove_index(os.path.join(path, "index.sqlite"))
-        elif os.access(path, os.W_OK):
-            raise StoreError(f"the index of the store {path} cannot be opened; if the disk is full, `prune`") from None
+        elif os.access(path, os.W_OK) and count_free(path) > LITTLE:
+            raise StoreError(f"the index of the store {path} cannot be opened: {error}") from None
         return Index(":memory:")
 
 
@@ -3410,7 +3552,7 @@ class PrunePlan:
     dead: tuple[PackUse, ...] = ()  # named by nothing
     sparse: tuple[PackUse, ...] = ()  # to be rewritten
     leftovers: Leftovers = Leftovers(())
-    problem: str = ""  # why no space is freed
+    problem: str = ""  # why nothing is done
 
 
 @dataclass(frozen=True)
@@ -3425,17 +3567,6 @@ class PruneReport:
     problem: str = ""
 
 
-def list_patches(path: str) -> Iterator[tuple[bytes, tuple[Run, ...]]]:
-    """Yield digest and runs of all patches of a pack; FormatError where it is damaged."""
-    with open(path, "rb") as file:
-        for offset, kind, _ in read_footer(path):
-            if kind == PATCHES:
-                record = load_record(file.fileno(), offset)
-                raw = load_raw(file.fileno(), record)
-                for (digest, length), start in zip(record.rows, record.starts):
-                    yield digest, decode_patch(raw[start : start + length])
-
-
 class Mark:
     """The digests that snapshots, the trash and unfinished pulls name, directly or through patches."""
 
@@ -3443,22 +3574,25 @@ class Mark:
         self.store = store
         self.reader = reader
         self.live = DigestTable()
+        self._opened = DigestTable()  # blocks and lists that were looked into; a file may have the bytes of one
 
     def close(self) -> None:
         """Forget all."""
         self.live.close()
+        self._opened.close()
 
     def put_blocks(self, blocks: Iterable[bytes]) -> None:
         """Mark blocks, and all that their entries name; StoreError where one cannot be read."""
-        for block in self.live.put(blocks):
+        for block in self._opened.put(blocks):
+            self.live.put([block])
             for entry in self._read(self._list_block, block):
                 self.put_entry(entry)
 
     def put_entry(self, entry: Entry) -> None:
         """Mark what an entry names."""
-        new = self.live.put(bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read))
-        if new and b'"lists"' in entry.read:
-            for digest in set(new).intersection(entry.content.lists):
+        self.live.put(bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read))
+        if b'"lists"' in entry.read:
+            for digest in self._opened.put(entry.content.lists):
                 chunks = self._read(self._list_chunks, digest)
                 self.live.put(chunk for chunk in chunks if isinstance(chunk, bytes))
 
@@ -3493,6 +3627,15 @@ class Mark:
             for digest, runs in list_patches(path):
                 if self.live.find([digest]):
                     self.live.put(run.source for run in runs)
+
+    def find_loose(self, path: str) -> set[bytes]:
+        """Return the patches of a pack that are not marked, and draw from what is not: it may go."""
+        loose = set()
+        for digest, runs in list_patches(path):
+            sources = list({run.source for run in runs})
+            if not self.live.find([digest]) and len(self.live.find(sources)) < len(sources):
+                loose.add(digest)
+        return loose
 
     def find_owned(self, name: str, digests: Sequence[bytes]) -> set[bytes]:
         """Return which of a pack's digests must stay in it: those marked that no sound pack has before it."""
@@ -3541,7 +3684,7 @@ def plan_prune(mark: Mark, rules: Sequence[Rule], when: tuple[int, int], max_rep
     damage = store.list_damage(packs)
     if damage or any(history.unread for history in histories):
         what = f"pack {min(damage)} is {damage[min(damage)]}" if damage else "a snapshot cannot be read"
-        return replace(plan, problem=f"no space is freed while the store is damaged ({what}); `repair` it first")
+        return replace(plan, problem=f"nothing is removed while the store is damaged ({what}); `repair` it first")
     try:
         for history in histories:
             _mark_history(mark, history, [c for c in choices[history.node] if c.keep or plan.to_trash], expired)
@@ -3549,12 +3692,25 @@ def plan_prune(mark: Mark, rules: Sequence[Rule], when: tuple[int, int], max_rep
         uses = [mark.measure(name, path) for name, path in sorted(packs.items())]
     except (StoreError, FormatError, OSError) as error:
         reason = explain(error) if isinstance(error, OSError) else error
-        return replace(plan, problem=f"no space is freed while the store is damaged ({reason}); `repair` it first")
+        return replace(plan, problem=f"nothing is removed while the store is damaged ({reason}); `repair` it first")
     dead = [use for use in uses if not use.live]
     sparse = [use for use in uses if 0 < use.live < (1 - MOST_DEAD) * use.size]
     sparse.sort(key=lambda use: use.live / use.size)
-    sizes = itertools.accumulate(use.size for use in sparse)
-    return replace(plan, dead=tuple(dead), sparse=tuple(use for use, size in zip(sparse, sizes) if size <= max_repack))
+    fitting: list[PackUse] = []
+    for use in sparse:
+        if sum(other.size for other in fitting) + use.size <= max_repack:
+            fitting.append(use)
+    return replace(plan, dead=tuple(dead), sparse=tuple(fitting))
+
+
+def with_index(store: Store, change: Callable[[], None]) -> None:
+    """Change the index; on a disk so full that it cannot be written, go on without its file."""
+    try:
+        change()
+    except StoreError:
+        store.index.reset(in_memory=True)
+        store.load_index()
+        change()
 
 
 def retire_pack(store: Store, name: str, path: str, end: Callable[[str], None]) -> None:
@@ -3562,12 +3718,7 @@ def retire_pack(store: Store, name: str, path: str, end: Callable[[str], None]) 
     digests = None  # where its footer is damaged, whatever the index has of it
     with contextlib.suppress(FormatError, OSError):
         digests = [digest for _, _, held in read_footer(path) for digest in held]
-    try:
-        store.index.remove_pack(name, digests)
-    except StoreError:  # a disk so full that the index cannot be written: go on without its file
-        store.index.reset(in_memory=True)
-        store.load_index()
-        store.index.remove_pack(name)
+    with_index(store, lambda: store.index.remove_pack(name, digests))
     with writing(store.packs):
         end(path)
 
@@ -3625,6 +3776,7 @@ class Repacker:
     def finish(self) -> None:
         """Make the copies durable and known, then remove what was copied."""
         self.writer.seal()
+        self.mark.reader.close()  # an open file keeps its room on the disk
         for use in self._waiting:
             if use.name not in self.writer.sealed:
                 retire_pack(self.mark.store, use.name, use.path, remove_durably)
@@ -3633,10 +3785,22 @@ class Repacker:
         self._waiting = []
 
 
+def forget_loose(mark: Mark) -> None:
+    """Let patches no longer be found before what they draw from goes."""
+    store = mark.store
+    for name, path in list_packs(store.packs).items():
+        with_index(store, functools.partial(store.index.put_loose, name, mark.find_loose(path)))
+
+
 def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_SIZE) -> PruneReport:
-    """Do what a plan says: snapshots first, then dead packs, then sparse ones; may be interrupted at any point."""
+    """Do what a plan says: snapshots first, then dead packs, then sparse ones; may be interrupted at any point.
+
+    In a damaged store nothing is done: what is left in it may be the last.
+    """
     store = mark.store
     execute_leftovers(plan.leftovers)
+    if plan.problem:
+        return PruneReport(problem=plan.problem)
     removed = [c.snapshot for choices in plan.choices.values() for c in choices if not c.keep]
     for snapshot in removed:
         folder = store.node(snapshot.folder)
@@ -3649,10 +3813,13 @@ def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_S
         with writing(trashed.path):
             remove_durably(trashed.path)
     freed = 0
+    if plan.dead or plan.sparse:
+        forget_loose(mark)
+    mark.reader.close()  # an open file keeps its room on the disk
     for use in plan.dead:
         retire_pack(store, use.name, use.path, remove_durably)
         freed += use.size
-    report = PruneReport(len(removed), len(plan.expired), len(plan.dead), 0, freed, plan.problem)
+    report = PruneReport(len(removed), len(plan.expired), len(plan.dead), 0, freed)
     repacker = Repacker(mark, pack_size)
     problem = ""
     try:
@@ -3670,7 +3837,7 @@ def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_S
     finally:
         repacker.writer.abandon()
     freed += repacker.freed - repacker.writer.added * bool(repacker.rewritten)
-    return replace(report, rewritten=repacker.rewritten, freed=freed, problem=plan.problem or problem)
+    return replace(report, rewritten=repacker.rewritten, freed=freed, problem=problem)
 
 
 def undelete_snapshots(folder: NodeFolder, names: Sequence[str]) -> list[str]:
@@ -3696,7 +3863,7 @@ def release_node(store: Store, name: str) -> Snapshot | None:
     try:
         alarm = load_history(store, name).alarm
         if alarm:
-            folder.save_known(replace(folder.load_known(), released=alarm.sequence))
+            folder.save_known(replace(store.load_known(name), released=alarm.sequence))
         return alarm
     finally:
         os.close(lock)
@@ -3757,43 +3924,60 @@ def split_record(fd: int, record: Record) -> list[bytes]:
     return [raw[start:end] for start, end in zip(record.starts, record.starts[1:])]
 
 
-def list_sound(reader: Reader, fd: int, record: Record) -> Iterator[bytes]:
-    """Yield the digests that a record gives: of chunks by their own bytes, of patches by what they draw from."""
+def list_sound(fd: int, record: Record) -> Iterator[tuple[bytes, tuple[Run, ...]]]:
+    """Yield what is whole in a record: the digests of chunks that their bytes prove, patches with their runs."""
     for number, data in enumerate(split_record(fd, record)):
         digest = record.rows[number][0]
         if record.kind == FRAME:
             pages = hash_pages(data)
             if digest_pages(pages) == digest and pages == record.pages(number):
-                yield digest
+                yield digest, ()
         else:
             with contextlib.suppress(FormatError):
-                if reader.gives(digest, decode_patch(data)):
-                    yield digest
+                yield digest, decode_patch(data)
+
+
+def _read_pack(reader: Reader, path: str) -> tuple[str, int, set[tuple[bytes, int]], list[bytes]]:
+    """Return a pack's digest, size, digests and records that are whole, and patches that give nothing any more."""
+    with open(path, "rb") as file:
+        fd = file.fileno()
+        size = os.fstat(fd).st_size
+        proof = hashlib.sha256()
+        for data in iter(functools.partial(file.read, CHUNK), b""):
+            proof.update(data)
+        whole: set[tuple[bytes, int]] = set()
+        broken = []
+        for record in scan_records(fd, size):
+            for digest, runs in list_sound(fd, record):
+                whole.add((digest, record.offset))
+                if record.kind == PATCHES and not reader.gives(digest, runs):
+                    broken.append(digest)
+    return proof.hexdigest(), size, whole, broken
 
 
 def verify_pack(reader: Reader, name: str, path: str) -> PackCheck:
-    """Read a whole pack: its bytes against its name, its chunks against their digests."""
+    """Read a whole pack: its bytes against its name, its chunks against their digests.
+
+    A patch that draws from what is damaged elsewhere is bad, and no problem of its own pack.
+    Raises CodecMissing where this Python cannot read it.
+    """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            proof = hashlib.sha256()
-            for data in iter(functools.partial(file.read, CHUNK), b""):
-                proof.update(data)
-            found = scan_records(file.fileno(), size)
-            sound = {digest for record in found for digest in list_sound(reader, file.fileno(), record)}
+        proof, size, whole, broken = _read_pack(reader, path)
     except CodecError as error:
         raise CodecMissing(f"pack {name} is {error}") from None
     except OSError as error:
-        return PackCheck(name, 0, f"cannot be read: {explain(error)}", tuple(reader.index.list_digests(name)))
+        return PackCheck(
+            name, 0, f"cannot be read: {explain(error)}", tuple(d for d, *_ in reader.index.list_rows(name))
+        )
     try:
-        held = [digest for _, _, digests in read_footer(path) for digest in digests]
-        problem = "" if proof.hexdigest() == name else "its bytes are not those that it was named after"
+        held = read_pack_index(path)
+        problem = "" if proof == name else "its bytes are not those that it was named after"
     except FormatError as error:
-        held, problem = reader.index.list_digests(name), str(error)
-    bad = tuple(digest for digest in held if digest not in sound)
+        held, problem = reader.index.list_rows(name), str(error)
+    bad = [digest for digest, offset, _ in held if (digest, offset) not in whole]
     if bad and not problem:
         problem = "it holds what it should not"
-    return PackCheck(name, size, problem, bad)
+    return PackCheck(name, size, problem, (*bad, *broken))
 
 
 class Harm(TemporaryTable):
@@ -3819,7 +4003,11 @@ class Harm(TemporaryTable):
 
     def put_lost(self, digests: Iterable[bytes]) -> None:
         """Note those of the digests that no pack gives."""
-        self.lost.put(digest for digest in digests if not self.reader.has(digest))
+        for digest in digests:
+            try:
+                self.lost.put(() if self.reader.has(digest) else (digest,))
+            except CodecMissing as error:
+                note_once(self.problems, str(error))
 
     def put_patches(self, path: str) -> None:
         """Note the patches of a pack that draw from what is lost."""
@@ -3849,8 +4037,9 @@ class Harm(TemporaryTable):
         grades: list[str] = []
         try:
             entries = list(list_entries(self.reader, [block]))
-        except CodecMissing:
-            raise
+        except CodecMissing as error:
+            note_once(self.problems, str(error))
+            entries = []
         except (StoreError, FormatError):
             self._note([block])
             self.execute("INSERT INTO paths VALUES (?, ?)", (block, b""))
@@ -3951,7 +4140,8 @@ def plan_checks(packs: Mapping[str, str], times: Mapping[str, int], share: float
             sizes[name] = os.path.getsize(path)
     order = sorted(sizes, key=lambda name: (times.get(name, 0), name))
     before = itertools.accumulate((sizes[name] for name in order), initial=0)
-    return [(name, sizes[name]) for name, done in zip(order, before) if done < share * sum(sizes.values())]
+    most = share * sum(sizes.values())
+    return [(name, sizes[name]) for name, done in zip(order, before) if done < most or share >= 1]
 
 
 def verify_index(store: Store, packs: Mapping[str, str]) -> str:
@@ -3975,26 +4165,29 @@ def verify_index(store: Store, packs: Mapping[str, str]) -> str:
 
 
 def verify_packs(store: Store, harm: Harm, options: VerifyOptions) -> tuple[list[PackCheck], int, int]:
-    """Read packs; returns those that are damaged, and how many and how many bytes were read."""
+    """Read packs; returns those that do not give all they hold, and how many and how many bytes were read."""
     packs, times = list_packs(store.packs), load_times(store, VERIFIED)
     checks = plan_checks(packs, times, options.share)
     total, done, count = sum(size for _, size in checks), 0, 0
-    damaged = []
+    bad: list[PackCheck] = []
     try:
         for name, size in checks:
             if count and not options.more():
                 break
-            check = verify_pack(harm.reader, name, packs[name])
-            if check.problem:
-                damaged.append(check)
-                store.note_damage(name, BAD_PACK)
+            try:
+                check = verify_pack(harm.reader, name, packs[name])
+            except CodecMissing as error:  # not damaged, and not read
+                note_once(harm.problems, str(error))
+                continue
+            bad.append(check)
+            (store.note_damage(name, BAD_PACK) if check.problem else store.note_sound(name))
             times[name] = options.now
             done, count = done + size, count + 1
             options.tick(done, total)
     finally:
         with contextlib.suppress(StoreError):  # a store that cannot be written is read all the same
             save_times(store, VERIFIED, {name: moment for name, moment in times.items() if name in packs})
-    return damaged, count, done
+    return [check for check in bad if check.problem or check.bad], count, done
 
 
 def _verify_file(path: str, decode: Callable[[bytes], object]) -> str:
@@ -4002,7 +4195,7 @@ def _verify_file(path: str, decode: Callable[[bytes], object]) -> str:
         with open(path, "rb") as file:
             decode(file.read())
     except FileNotFoundError:
-        return ""
+        return "is gone" if os.path.basename(path) in ("README.txt", "node.json") else ""
     except (FormatError, OSError) as error:
         return explain(error) if isinstance(error, OSError) else str(error)
     return ""
@@ -4018,9 +4211,15 @@ def _decode_readme(store: Store) -> Callable[[bytes], object]:
     return decode
 
 
-def _decode_reserve(data: bytes) -> None:
-    if data.count(0) != len(data):
-        raise FormatError("the reserve has bytes that are not zero")
+def _verify_reserve(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            zeros = all(data.count(0) == len(data) for data in iter(functools.partial(file.read, CHUNK), b""))
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return explain(error)
+    return "" if zeros else "the reserve has bytes that are not zero"
 
 
 def _decode_any(name: str) -> Callable[[bytes], object]:
@@ -4029,12 +4228,12 @@ def _decode_any(name: str) -> Callable[[bytes], object]:
 
 def verify_files(store: Store) -> list[tuple[str, str]]:
     """Return path and problem of each file beside the packs and the index that is not what it was."""
-    decoders = {"README.txt": _decode_readme(store), "reserve": _decode_reserve, "damage/lost.json": decode_lost}
+    decoders = {"README.txt": _decode_readme(store), "damage/lost.json": decode_lost}
     decoders.update({name: _decode_any(name) for name in (VERIFIED, DRILLED)})
     paths = {os.path.join(store.path, name): decode for name, decode in decoders.items()}
     for name in sorted(os.listdir(store.path)):
         folder = store.node(name)
-        if os.path.isdir(folder.snapshots):
+        if store.is_node(name):
             for file in ("node.json", "progress.json", "latest.json"):
                 paths[os.path.join(folder.path, file)] = _decode_any(f"{name}/{file}")
             for place in filter(os.path.isdir, (folder.snapshots, folder.trash)):
@@ -4042,7 +4241,8 @@ def verify_files(store: Store) -> list[tuple[str, str]]:
                     if file.endswith(".json") and not file.startswith("."):
                         decode = functools.partial(decode_snapshot, folder=name, name=file[: -len(".json")])
                         paths[os.path.join(place, file)] = decode
-    found = ((path, _verify_file(path, decode)) for path, decode in paths.items())
+    reserve = os.path.join(store.path, "reserve")
+    found = [(reserve, _verify_reserve(reserve)), *((path, _verify_file(path, do)) for path, do in paths.items())]
     return [(path, problem) for path, problem in found if problem]
 
 
@@ -4062,10 +4262,11 @@ def verify_store(store: Store, harm: Harm, options: VerifyOptions) -> VerifyRepo
     """Check index, packs, patches, snapshots, grades and all other files; damage is remembered until `repair`."""
     packs = list_packs(store.packs)
     index = verify_index(store, packs)
-    damaged, checked, size = verify_packs(store, harm, options)
-    for check in damaged:
-        harm.put_lost(check.bad)
     files = verify_files(store)
+    bad, checked, size = verify_packs(store, harm, options)
+    for check in bad:
+        harm.put_lost(check.bad)
+    damaged = [check for check in bad if check.problem]
     verify_snapshots(store, harm)
     still = store.lost.digests & set(harm.lost.find(sorted(store.lost.digests)))
     if still != store.lost.digests and not harm.new:  # healed, or no longer in any snapshot
@@ -4107,15 +4308,23 @@ def plan_repair(report: VerifyReport) -> RepairPlan:
     return RepairPlan(report.damaged, report.lost, report.files)
 
 
-def put_aside(store: Store, path: str) -> str:
-    """Move a damaged file out of the way; returns where it is now."""
+def keep_aside(store: Store, path: str) -> str:
+    """Keep a damaged file out of the way as well; returns where."""
     name = os.path.relpath(path, store.path).replace(os.sep, "-")
     for number in itertools.count(1):
         to = os.path.join(store.aside, name if number == 1 else f"{name}.{number}")
-        with contextlib.suppress(FileExistsError), writing(path):
-            move_durably(path, to)
+        with writing(path), contextlib.suppress(FileExistsError):
+            keep_durably(path, to)
             return to
     raise AssertionError("itertools.count ended")
+
+
+def put_aside(store: Store, path: str) -> str:
+    """Move a damaged file out of the way; returns where it is now."""
+    to = keep_aside(store, path)
+    with writing(path):
+        remove_durably(path)
+    return to
 
 
 def save_sound(harm: Harm, writer: PackWriter, path: str, kind: int) -> None:
@@ -4137,14 +4346,29 @@ def save_sound(harm: Harm, writer: PackWriter, path: str, kind: int) -> None:
         return  # nothing more can be read of it
 
 
+def save_patched(harm: Harm, writer: PackWriter, bad: Set[bytes]) -> None:
+    """Put the chunks whole that patches make of the sound bytes of damaged ones: these go."""
+    for path in list_packs(harm.store.packs).values() if bad else ():
+        with contextlib.suppress(FormatError, OSError):
+            for digest, runs in list_patches(path):
+                if any(run.source in bad for run in runs):
+                    with contextlib.suppress(StoreError):
+                        data = harm.reader.get(digest)
+                        writer.distrusted = {digest}
+                        writer.put_chunk(data)
+    writer.distrusted = set()
+
+
 def repair_packs(store: Store, harm: Harm, checks: Sequence[PackCheck]) -> tuple[int, list[str]]:
     """Save what damaged packs still give, then put them aside; returns bytes saved and where the packs are."""
     packs = list_packs(store.packs)
     paths = {check.name: packs[check.name] for check in checks if check.name in packs}
+    writer = PackWriter(store.packs, store.index, ZSTD if load_zstd() else ZLIB, LEVEL)
+    aside = [keep_aside(store, path) for path in paths.values()]
+    save_patched(harm, writer, {digest for check in checks for digest in check.bad})
     for name in paths:
         store.index.remove_pack(name)  # so that what it holds counts as missing; it is back, should this be cut off
     reader = harm.reader
-    writer = PackWriter(store.packs, store.index, ZSTD if load_zstd() else ZLIB, LEVEL)
     reader.open_pack = writer
     try:
         for kind in (FRAME, PATCHES):  # patches draw from chunks of any pack
@@ -4155,9 +4379,12 @@ def repair_packs(store: Store, harm: Harm, checks: Sequence[PackCheck]) -> tuple
         writer.seal()
     finally:
         reader.open_pack = None
+        reader.close()  # a pack that was open may have been replaced
         writer.abandon()
-    again = [name for name in paths if name in writer.sealed]  # all of it was sound, but for its end
-    return writer.added, [put_aside(store, path) for name, path in paths.items() if name not in again]
+    for name, path in paths.items():
+        if name not in writer.sealed:  # else all of it was sound but for its ends, and is as it was
+            put_aside(store, path)
+    return writer.added, aside
 
 
 HEX_BLOCKS = re.compile(rb'"blocks": \[([^\]]*)')
@@ -4166,6 +4393,8 @@ HEX_BLOCKS = re.compile(rb'"blocks": \[([^\]]*)')
 def salvage_snapshot(reader: Reader, folder: NodeFolder, path: str) -> Snapshot | None:
     """Return what a damaged snapshot still tells, as a partial one; None where it names no block that is there."""
     name = os.path.basename(path)[: -len(".json")]
+    with contextlib.suppress(FormatError):
+        name = name_time(parse_time(name))  # without the -2 of an earlier repair
     with open(path, "rb") as file:
         data = file.read()
     listed = HEX_BLOCKS.search(data)
@@ -4205,9 +4434,10 @@ def repair_file(store: Store, reader: Reader, path: str) -> list[str]:
     if os.path.basename(above) == "snapshots":
         folder = store.node(os.path.basename(os.path.dirname(above)))
         saved = salvage_snapshot(reader, folder, path)
-        if saved:
+        there = [(snapshot.started, snapshot.blocks) for snapshot in folder.list_snapshots()]
+        if saved and (saved.started, saved.blocks) not in there:  # from a repair that was cut off
             folder.save_snapshot(saved)
-    aside = [put_aside(store, path)]
+    aside = [put_aside(store, path)] if os.path.exists(path) else []
     if name == "node.json":
         known = store.load_known(os.path.basename(above))
         if known.identity:
@@ -5379,7 +5609,8 @@ class Node:
                 return
             session = self._sessions[request.peer] = Session(self.home, request.peer, last)
             session.server = server
-        if session.questions.qsize() >= QUEUE_LIMIT:
+        waiting = sum(waits.message.size for waits in list(session.questions.queue) if waits)
+        if session.questions.qsize() >= QUEUE_LIMIT or waiting + request.message.size > WAITING_LIMIT:
             self.listener.answer(
                 request, ERROR, {"code": "flood", "message": "more questions than are allowed at once"}
             )
@@ -5456,7 +5687,8 @@ def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float) -> li
         for address in addresses:
             # Longer than the probe: what libzmq gives up on its own looks like a refusal.
             peer = peers[address] = Peer(wire, address, 10 * timeout)
-            peer.ask(HELLO, say_hello(), lambda message: None)
+            with contextlib.suppress(NodeError):  # refused already: its events tell
+                peer.ask(HELLO, say_hello(), lambda message: None)
             for socket in (peer.socket, peer.monitor):
                 poller.register(socket, zmq.POLLIN)
                 owners[socket] = address
@@ -5701,7 +5933,7 @@ def can_tell(data: bytes | memoryview) -> bool:
 
 def looks_scrambled(data: bytes | memoryview) -> bool:
     """Tell whether bytes look encrypted: they do not compress at the start, in the middle or at the end."""
-    middle = len(data) // 2
+    middle = (len(data) - LOOK) // 2
     parts = (data[:LOOK], data[middle : middle + LOOK], data[-LOOK:]) if len(data) > 3 * LOOK else (data,)
     sample = b"".join(parts)
     return can_tell(data) and len(zlib.compress(sample, 1)) > SCRAMBLED * len(sample)
@@ -6066,9 +6298,10 @@ class Reading:
                 raise ProtocolError("sent more of a file than it has")
             self.chunks.put(got.chunk)
             self._bytes += got.length
+            size = self._content.size if self._content else 0
             if got.length < CHUNK:
                 self._over = True
-                self._short = number + 1 < self._total
+                self._short = number * CHUNK + got.length < size
         self.intake.seal_if_full()
 
     def _current(self) -> Entry:
@@ -6679,6 +6912,8 @@ def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, 
     for number, chunk in enumerate(chunks):
         at = number * CHUNK
         length = min(CHUNK, new.size - at)
+        if length <= 0:
+            raise StoreError("the chunks of the file have more bytes than it has")
         if table.get(number) == chunk and (min(CHUNK, old.size - at) == length or (chunk is None and at >= old.size)):
             continue  # as it was, or in the hole that ftruncate has made
         data = reader.get(chunk) if chunk else bytes(length)
@@ -7082,7 +7317,8 @@ class Latest:
             state = self.load()
             if state.next:
                 state = self._redo(state)
-            state = replace(state, next=snapshot.name, token=os.urandom(16).hex())
+            # A token that is left is of files that could not be removed: under it they are found again.
+            state = replace(state, next=snapshot.name, token=state.token or os.urandom(16).hex())
             return self._apply(state, snapshot)
         except (OSError, BackupError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -7095,10 +7331,11 @@ class Latest:
         try:
             again = self.folder.load_snapshot(state.next)
         except (OSError, FormatError):
-            return LatestState(older=tuple(filter(None, (*state.older, state.snapshot)))[-OLDER_KEPT:])
+            older = replace(state, next="").snapshots[-OLDER_KEPT:]
+            return LatestState(token=state.token, older=older)
         if self._apply(state, again):  # what is there is of either: all counts as new
-            return LatestState(older=state.snapshots[-OLDER_KEPT:])
-        return replace(state, snapshot=state.next, next="", older=self.load().older)
+            return LatestState(token=state.token, older=state.snapshots[-OLDER_KEPT:])
+        return replace(state, snapshot=state.next, next="", token="", older=self.load().older)
 
     def _apply(self, state: LatestState, snapshot: Snapshot) -> list[Problem]:
         self.folder.save_latest(state)
@@ -7214,7 +7451,7 @@ def verify_latest(folder: NodeFolder, reader: Reader, wanted: Callable[[Entry], 
                         continue  # the store's damage, told elsewhere
                     if what:
                         problems.append(Problem(show(entry.stat.path), f"{what} in latest than in {state.snapshot}"))
-    return problems
+    return problems if latest.load() == state else []  # a sweep has changed it meanwhile
 
 
 def repair_latest(folder: NodeFolder, reader: Reader) -> list[Problem]:
@@ -7622,7 +7859,7 @@ def write_span(seconds: float) -> str:
 
 def parse_size(text: str) -> int:
     """Return bytes from `64MiB`, `64M`, `1G` or a bare number; all in powers of 1024."""
-    match = re.fullmatch(r"(\d+)\s*([kmgt]?)(i?b)?", text.lower())
+    match = re.fullmatch(r"([0-9]{1,15})\s*([kmgt]?)(i?b)?", text.lower())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512K, 64MiB or 1G")
     return int(match[1]) << 10 * SIZES[match[2]]
@@ -8247,13 +8484,12 @@ def run_drill(args: argparse.Namespace) -> int:
             if snapshot is None:
                 continue
             started = clock.monotonic()
-            with tempfile.TemporaryDirectory(prefix="zbackup-drill-", dir=args.to or None) as to:
-                try:
+            try:
+                with tempfile.TemporaryDirectory(prefix="zbackup-drill-", dir=args.to or None) as to:
                     drill = drill_node(reader, snapshot, to, args.sample)
-                except OSError as error:
-                    raise RestoreError(
-                        f"{show(args.to or to)}: {explain(error)}; name another folder with --to"
-                    ) from None
+            except OSError as error:
+                where = show(args.to or tempfile.gettempdir())
+                raise RestoreError(f"{where}: {explain(error)}; name another folder with --to") from None
             drill = replace(drill, succeeded=times.get(node.folder, 0))
             drills.append(drill)
             for line in format_drill(drill, clock.monotonic() - started):
