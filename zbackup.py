@@ -1951,7 +1951,7 @@ class Index:
         import sqlite3
 
         self.path = path
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         try:
             self._connection = self._open()
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
@@ -1992,7 +1992,7 @@ class Index:
                 yield
         except sqlite3.Error as error:
             raise StoreError(
-                f"{self.path}: {error}; unless the disk is full, delete it: it is made again from the packs"
+                f"{self.path}, the index: {error}; unless the disk is full, `verify` makes it again from the packs"
             ) from None
 
     def list_packs(self) -> set[str]:
@@ -2067,6 +2067,9 @@ class Index:
 
     @contextlib.contextmanager
     def _synchronous(self) -> Iterator[None]:
+        if self._connection.in_transaction:
+            yield
+            return
         self._connection.execute("PRAGMA synchronous = FULL")
         try:
             yield
@@ -2101,7 +2104,16 @@ class Index:
             self._connection = self._open()
 
     @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Make all changes in one step."""
+        with self._locked(), self._transaction():
+            yield
+
+    @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
+        if self._connection.in_transaction:  # of `together`
+            yield
+            return
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -3102,18 +3114,23 @@ class Store:
         lost, new = sorted(known - packs.keys()), sorted(packs.keys() - known)
         for name in lost:
             self.note_damage(name, LOST_PACK)
-            self.index.remove_pack(name)  # others may hold what it held
-        for name in new:
-            try:
-                self.index.put_pack(name, read_pack_index(packs[name]))
-            except FileNotFoundError:
-                continue  # listed in the moment in which another run replaced it
-            except (FormatError, OSError):
-                self.note_damage(name, BAD_PACK)
         if new or lost or self.lost.digests:
-            self._find_loose_anew({name: packs[name] for name in packs if lost or name in new})
+            with self.index.together():
+                for name in lost:
+                    self.index.remove_pack(name)  # others may hold what it held
+                for name in new:
+                    self._load_pack(name, packs[name])
+                self._find_loose_anew({name: packs[name] for name in packs if lost or name in new})
         for name, what in self.list_damage(packs).items():
             note_once(self.problems, f"pack {name} is {what}, and with it parts of snapshots; see `repair`")
+
+    def _load_pack(self, name: str, path: str) -> None:
+        try:
+            self.index.put_pack(name, read_pack_index(path))
+        except FileNotFoundError:
+            return  # listed in the moment in which another run replaced it
+        except (FormatError, OSError):
+            self.note_damage(name, BAD_PACK)
 
     def _find_loose_anew(self, packs: Mapping[str, str]) -> None:
         """Let patches be found if what they draw from is there: those of these packs, and those that were loose."""
@@ -3826,6 +3843,8 @@ def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_S
         for use in plan.sparse:
             try:
                 repacker.put(use)
+                if count_free(store.path) < 2 * pack_size:
+                    repacker.finish()  # one at a time: each gives back what the next one needs
             except CodecError as error:
                 problem = f"pack {use.name} is {error}"
             except (FormatError, OSError) as error:
@@ -4267,6 +4286,8 @@ def verify_store(store: Store, harm: Harm, options: VerifyOptions) -> VerifyRepo
     for check in bad:
         harm.put_lost(check.bad)
     damaged = [check for check in bad if check.problem]
+    if index:
+        store.load_index()  # a run beside us may have put new packs into the old one
     verify_snapshots(store, harm)
     still = store.lost.digests & set(harm.lost.find(sorted(store.lost.digests)))
     if still != store.lost.digests and not harm.new:  # healed, or no longer in any snapshot
@@ -4277,7 +4298,14 @@ def verify_store(store: Store, harm: Harm, options: VerifyOptions) -> VerifyRepo
     known = {check.name for check in damaged}
     earlier = [PackCheck(n, 0, "found earlier") for n, what in noted.items() if what == BAD_PACK and n not in known]
     return VerifyReport(
-        len(packs), checked, size, index, (*damaged, *earlier), tuple(lost), tuple(files), tuple(harm.problems)
+        max(len(packs), checked),
+        checked,
+        size,
+        index,
+        (*damaged, *earlier),
+        tuple(lost),
+        tuple(files),
+        tuple(harm.problems),
     )
 
 
@@ -7428,7 +7456,7 @@ def _differs(reader: Reader, folders: Folders, entry: Entry) -> str:
     except OSError as error:
         return f"cannot be read: {explain(error)}"
     try:
-        return "" if has_content(reader, entry.content, fd) else "has other content"
+        return "" if has_content(reader, entry.content, fd) else "differs"
     finally:
         os.close(fd)
 
@@ -7450,7 +7478,7 @@ def verify_latest(folder: NodeFolder, reader: Reader, wanted: Callable[[Entry], 
                     except (StoreError, FormatError):
                         continue  # the store's damage, told elsewhere
                     if what:
-                        problems.append(Problem(show(entry.stat.path), f"{what} in latest than in {state.snapshot}"))
+                        problems.append(Problem(show(entry.stat.path), f"{what}, other than in {state.snapshot}"))
     return problems if latest.load() == state else []  # a sweep has changed it meanwhile
 
 
@@ -8437,7 +8465,9 @@ def run_verify(args: argparse.Namespace) -> int:
             (output.say if sound else output.warn)(line)
         output.say(format_verified(report))
         if not sound:
-            output.warn("verify: the store is damaged; `repair` saves what can be saved")
+            whole = not (report.damaged or report.lost or report.files or harm.new)
+            verdict = "there are problems" if whole else "the store is damaged; `repair` saves what can be saved"
+            output.warn(f"verify: {verdict}")
             return StoreError.exit_code
         output.say("verify: no damage but what `repair` has told of" if harmed else "verify: all is well")
         return BackupError.exit_code if harmed else 0
@@ -8700,7 +8730,13 @@ def add_values(parser: Any, rows: Iterable[tuple[str, Callable[[str], Any], Any,
     """Add flags that take one value: name, how it is read, default, what it is."""
     for name, read, default, words in rows:
         shown = {"SPAN": write_span, "SIZE": write_size, "SHARE": write_share}.get(METAVARS[read], str)(default)
-        parser.add_argument(name, type=read, default=default, metavar=METAVARS[read], help=f"{words} (default {shown})")
+        parser.add_argument(
+            name,
+            type=read,
+            default=default,
+            metavar=METAVARS[read],
+            help=f"{words} (default {shown})".replace("%", "%%"),
+        )
 
 
 def add_words(parser: Any, rows: Iterable[tuple[str, str, str]]) -> None:

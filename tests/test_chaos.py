@@ -1082,7 +1082,6 @@ def test_full_disk_in_the_middle_of_a_rewriting(world: World, disk: Disk) -> Non
     disk.check()
 
 
-@pytest.mark.xfail(strict=True, reason="prune seals what it rewrites at 64 MiB, and has no room for that")
 def test_full_disk_with_room_for_one_pack_at_a_time(world: World, disk: Disk) -> None:
     world.node()
     for number in range(4):

@@ -291,7 +291,6 @@ def test_damaged_snapshot_is_saved_as_a_partial_one(small: World) -> None:
     small.run("verify")
 
 
-@pytest.mark.xfail(strict=True, reason="each repair adds another -2 to its name, and --at knows no such name")
 def test_snapshot_that_was_saved_before_is_saved_again(small: World) -> None:
     """Damaged, repaired, damaged again: still one version, of the time that it was made at."""
     before = read_all(small.store)
@@ -353,7 +352,6 @@ def test_latest_changed_by_hand_is_made_what_it_was(small: World) -> None:
     check_repaired(small.store, read_all(small.store), set())
 
 
-@pytest.mark.xfail(strict=True, reason="the reader still has the damaged pack open that one of the same name replaced")
 def test_latest_is_made_what_it_was_from_a_pack_just_mended(small: World) -> None:
     """Both at once: the pack is made whole under its own name, and its files are written from it."""
     latest = small.store / FOLDER / "latest"
