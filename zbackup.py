@@ -3119,12 +3119,12 @@ class Store:
                 for name in lost:
                     self.index.remove_pack(name)  # others may hold what it held
                 for name in new:
-                    self._load_pack(name, packs[name])
+                    self._add_pack(name, packs[name])
                 self._find_loose_anew({name: packs[name] for name in packs if lost or name in new})
         for name, what in self.list_damage(packs).items():
             note_once(self.problems, f"pack {name} is {what}, and with it parts of snapshots; see `repair`")
 
-    def _load_pack(self, name: str, path: str) -> None:
+    def _add_pack(self, name: str, path: str) -> None:
         try:
             self.index.put_pack(name, read_pack_index(path))
         except FileNotFoundError:
@@ -4504,6 +4504,8 @@ def repair_identity(path: str) -> bool:
             data = found.read()
     except OSError:
         data = b""
+    told = re.search(rb'"id": "([0-9a-f]{32})"', data)  # by it nodes know the server again
+    identity = told[1].decode("ascii") if told else secrets.token_hex(16)
     if data[-SEAL_SIZE:] == seal(data[:-SEAL_SIZE]):
         return False  # as it was written, if perhaps by a newer zbackup
     lock = lock_store(path, alone=True)
@@ -4511,7 +4513,7 @@ def repair_identity(path: str) -> bool:
         with writing(file):
             if data:
                 move_durably(file, os.path.join(path, "aside", f"zbackup.json.{secrets.token_hex(4)}"))
-            write_durably(file, encode_identity(secrets.token_hex(16)))
+            write_durably(file, encode_identity(identity))
     finally:
         os.close(lock)
     return True

@@ -459,7 +459,7 @@ def test_list_names_damaged_pack(history: World) -> None:
     pack.write_bytes(b"zbpack1\nnothing more")
     (history.store / "index.sqlite").unlink()
     done = history.run("list", code=4)
-    assert f"{pack.name} cannot be read" in done.stderr and FOLDER in done.stdout
+    assert f"pack {pack.stem} is damaged" in done.stderr and FOLDER in done.stdout
 
 
 def test_list_names_damaged_snapshot(history: World) -> None:

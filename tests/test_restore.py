@@ -506,7 +506,7 @@ def test_restore_pack_cut_off(world: World, end: str) -> None:
     pack.write_bytes(data[1000:] if end == "head" else data[: MIB // 2])
     (world.store / "index.sqlite").unlink()
     done = world.run("restore", FOLDER, "--to", "restored", code=4)
-    assert f"{pack.name} cannot be read" in done.stderr
+    assert f"pack {pack.stem} is damaged" in done.stderr
     assert list_tree(world.path / "restored") == {"good": "file"}
 
 
