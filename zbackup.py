@@ -1709,7 +1709,11 @@ class Peer:
         if not self.socket.poll(milliseconds):
             self.read_events()
             return None
-        frames: Any = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        try:
+            frames: Any = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:  # libzmq called it readable too early
+            self.read_events()
+            return None
         self.received += sum(len(frame) for frame in frames)
         return decode_message(frames)
 
@@ -1820,7 +1824,10 @@ class Listener:
             self._pass_on()
         if self.router not in ready:
             return None
-        frames: Any = self.router.recv_multipart(self.wire.zmq.NOBLOCK, copy=False)
+        try:
+            frames: Any = self.router.recv_multipart(self.wire.zmq.NOBLOCK, copy=False)
+        except self.wire.zmq.Again:  # libzmq called it readable too early
+            return None
         try:
             address = frames[-1].get("Peer-Address")
         except self.wire.zmq.ZMQError:
@@ -3658,23 +3665,27 @@ class Mark:
         """Return which of a pack's digests must stay in it: those marked that no sound pack has before it."""
         live = sorted(self.live.find(digests))
         places = self.reader.index.find_all(live)
-        return {digest for digest in live if len(places.get(digest, ())) < 2 or self._owns(name, digest)}
+        return {digest for digest in live if self._owns(name, digest, places.get(digest, []))}
 
-    def _owns(self, name: str, digest: bytes) -> bool:
+    def _owns(self, name: str, digest: bytes, places: Sequence[Place]) -> bool:
+        if len(places) < 2:
+            return not places or places[0].pack == name
         sound = self.reader.find_sound(digest)
         return sound is None or sound.pack == name
 
     def measure(self, name: str, path: str) -> PackUse:
-        """Return how much of a pack is marked."""
-        live = 0.0
+        """Return how much of a pack is marked; all of one with patches whose other half is lost, and may be back."""
+        live, size = 0.0, os.path.getsize(path)
         with open(path, "rb") as file:
             for offset, _, digests in read_footer(path):
                 owned = self.find_owned(name, digests)
+                if len(self.reader.index.find(list(owned))) < len(owned):
+                    return PackUse(name, path, size, size)
                 if owned:
                     record = load_record(file.fileno(), offset)
                     share = sum(length for digest, length in record.rows if digest in owned) / max(1, record.raw)
                     live += max(1.0, share * (record.data_offset + record.stored - offset))
-        return PackUse(name, path, os.path.getsize(path), round(live))
+        return PackUse(name, path, size, round(live))
 
 
 def _mark_history(mark: Mark, history: History, kept: Iterable[Choice], expired: Sequence[Trashed]) -> None:

@@ -2014,3 +2014,29 @@ def test_prune_between_real_sweeps_restores_bit_for_bit(world: World) -> None:
         do(world, "restore", FOLDER, "--at", name, "--to", str(back))
         assert {path.name: path.read_bytes() for path in (back / "files").iterdir()} == wanted[name]
     do(world, "verify")
+
+
+def test_loose_patch_of_content_that_came_back_is_no_damage(world: World) -> None:
+    """A pack keeps a patch whose other half went; the chunk was stored anew elsewhere, and the pack is rewritten."""
+    world.node("--margin", "0")
+    flags = ("--no-latest", "--reserve", "0")
+    mib = 1 << 20
+    older, large = noise(mib, "older"), noise(4 * mib, "large")
+    (world.files / "a").write_bytes(older)
+    world.sweep(*flags)
+    back = b"two" + older[3:]
+    (world.files / "a").write_bytes(back)
+    (world.files / "b").write_bytes(large)  # so that the pack of the patch stays
+    world.sweep(*flags)
+    (world.files / "a").write_bytes(noise(mib, "other"))
+    world.sweep(*flags)
+    world.run("prune", "--keep", "last 1", "--grace", "0s", "--reserve", "0")
+    (world.files / "a").write_bytes(back)
+    (world.files / "b").write_bytes(large[:mib] + noise(3 * mib, "new"))
+    world.sweep(*flags)
+    done = world.run("prune", "--keep", "last 1", "--grace", "0s", "--reserve", "0")
+    assert re.search("[1-9] rewritten", done.stdout)
+    world.run("verify")
+    restored = world.restore() / "files"
+    assert (restored / "a").read_bytes() == back
+    assert (restored / "b").read_bytes() == (world.files / "b").read_bytes()
