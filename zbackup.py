@@ -4023,12 +4023,14 @@ class Harm(TemporaryTable):
         self.store = store
         self.reader = reader
         self.lost = DigestTable()  # digests that no pack gives
+        self.named = DigestTable()  # those of them that a snapshot names: others are no loss
         self.new = False  # whether some of it is not what `repair` has told of
         self.problems: list[str] = []
 
     def close(self) -> None:
         """Forget all."""
         self.lost.close()
+        self.named.close()
         super().close()
 
     def put_lost(self, digests: Iterable[bytes]) -> None:
@@ -4099,8 +4101,10 @@ class Harm(TemporaryTable):
         return missing
 
     def _note(self, missing: Iterable[bytes]) -> None:
-        new = self.lost.put(missing)
-        self.new |= any(digest not in self.store.lost.digests for digest in [*missing, *new])
+        found = list(missing)
+        self.lost.put(found)
+        self.named.put(found)
+        self.new |= any(digest not in self.store.lost.digests for digest in found)
 
     def list_files(self) -> Iterator[tuple[str, bytes, list[str]]]:
         """Yield node, path (b"" for all of an unreadable block) and snapshots of each harmed file."""
@@ -4300,7 +4304,7 @@ def verify_store(store: Store, harm: Harm, options: VerifyOptions) -> VerifyRepo
     if index:
         store.load_index()  # a run beside us may have put new packs into the old one
     verify_snapshots(store, harm)
-    still = store.lost.digests & set(harm.lost.find(sorted(store.lost.digests)))
+    still = store.lost.digests & harm.named.find(sorted(store.lost.digests))
     if still != store.lost.digests and not harm.new:  # healed, or no longer in any snapshot
         with contextlib.suppress(StoreError):
             store.save_lost(Lost(still, harm.list_snapshots()))
@@ -4494,7 +4498,7 @@ def execute_repair(store: Store, harm: Harm, plan: RepairPlan) -> RepairReport:
     with contextlib.closing(store.reader()) as reader, contextlib.closing(Harm(store, reader)) as left:
         left.put_lost(harm.lost.list_all())
         verify_snapshots(store, left)
-        digests = frozenset(left.lost.list_all())
+        digests = frozenset(left.named.list_all())
         store.save_lost(Lost(digests, left.list_snapshots()))
     store.forget_damage()
     return RepairReport(len(plan.packs), saved, tuple(aside), len(digests))

@@ -675,3 +675,20 @@ def test_index_that_names_packs_of_another_store_is_made_anew(small: World) -> N
     assert verify(small.store)[0] == 4
     repair(small.store)
     check_repaired(small.store, before, set())
+
+
+def test_patch_that_nothing_names_any_more_is_no_loss(world: World) -> None:
+    """What it draws from was pruned, and its own pack was not rewritten: repair has nothing to tell of."""
+    world.node("--margin", "0")
+    flags = ("--no-latest", "--reserve", "0")
+    older = os.urandom(1 << 20)
+    for data in (older, b"two" + older[3:], os.urandom(1 << 20)):
+        (world.files / "a").write_bytes(data)
+        if data.startswith(b"two"):
+            (world.files / "b").write_bytes(os.urandom(1 << 20))  # so that the pack of the patch stays
+        world.sweep(*flags)
+    world.run("prune", "--keep", "last 1", "--grace", "0s", "--reserve", "0")
+    assert any(has_patches(pack) for pack in find_packs(world.store))
+    assert "are lost" not in world.run("repair", "--reserve", "0").stdout
+    assert not (world.store / "damage/lost.json").exists()
+    world.run("verify")
