@@ -26,6 +26,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: measures memory or time; not run beside other tests")
 
 
+def uncovered(env: dict[str, str]) -> dict[str, str]:
+    """Return an environment without coverage, whose own locks a Ctrl-C in the wrong moment leaves locked."""
+    return {name: value for name, value in env.items() if not name.startswith("COVERAGE_")}
+
+
 def wait_until(condition: Any, timeout: float = 20.0, what: str = "the condition") -> None:
     """Wait until `condition()` is true; fail the test when it never is."""
     end = time.monotonic() + timeout

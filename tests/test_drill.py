@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, held, make_database, wait_until
+from conftest import FOLDER, PROGRAM, World, held, make_database, uncovered, wait_until
 from test_verify import break_content, copy_small_world, find_packs, has_patches, save_tree
 
 import zbackup as z
@@ -276,7 +276,7 @@ def test_scratch_is_removed_when_interrupted(world: World, number: int) -> None:
     with subprocess.Popen(
         [sys.executable, str(PROGRAM), "drill", "--to", "scratch", "--sample", "3000"],
         cwd=world.path,
-        env=world.env,
+        env=uncovered(world.env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

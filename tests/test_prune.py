@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
-from conftest import FOLDER, Process, World, held, make_database, wait_until
+from conftest import FOLDER, Process, World, held, make_database, uncovered, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -1540,7 +1540,7 @@ def test_prune_interrupted_while_it_waits_for_the_lock(world: World) -> None:
     world.node()
     world.sweep()
     with held(world.store / "lock", "shared"):
-        prune = Process(["prune", "--lock-wait", "1h"], world.path, world.env)
+        prune = Process(["prune", "--lock-wait", "1h"], world.path, uncovered(world.env))
         world.nodes.append(prune)
         wait_until(lambda: "zbackup.py" in Path(f"/proc/{prune.pid}/cmdline").read_text(), what="a start")
         wait_until(lambda: is_polling(prune, world.store / "lock"), what="waiting")

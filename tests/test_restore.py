@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, make_database, rewrite, wait_until
+from conftest import FOLDER, PROGRAM, World, make_database, rewrite, uncovered, wait_until
 
 import zbackup
 
@@ -575,7 +575,8 @@ def interrupt_restore(world: World, number: int) -> tuple[int, str]:
         entries += [(describe(f"d{folder:02}/f{i}"), MANY) for i in range(3)]
     make_snapshot(world.store, entries)
     command = [sys.executable, str(PROGRAM), "restore", FOLDER, "--to", "restored"]
-    with subprocess.Popen(command, cwd=world.path, env=world.env, stderr=subprocess.PIPE, text=True) as process:
+    env = uncovered(world.env)
+    with subprocess.Popen(command, cwd=world.path, env=env, stderr=subprocess.PIPE, text=True) as process:
         back = world.path / "restored"
         wait_until(lambda: len(list(back.glob("d*/f*"))) > 5 or process.poll() is not None, what="the first files")
         assert process.poll() is None, "it was quicker than the signal"
