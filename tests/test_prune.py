@@ -2004,6 +2004,7 @@ def test_prune_between_real_sweeps_restores_bit_for_bit(world: World) -> None:
         world.sweep("--no-latest")
         name = names_of(world)[-1]
         do(world, "restore", FOLDER, "--to", str(world.path / f"before {number}"))
+        wanted.pop(name, None)  # a second may see several, and the name of one that was pruned is free again
         wanted[name] = {path.name: path.read_bytes() for path in (world.path / f"before {number}/files").iterdir()}
         assert wanted[name]["noise"] == (world.files / "noise").read_bytes()
         do(world, "prune", "--keep", "last 2", "--grace", "0")
