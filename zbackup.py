@@ -14,7 +14,7 @@ Chapters, in order; each uses only what stands above it:
      2. ERRORS     what can go wrong, and the exit code of each
      3. RECORDS    the nouns, and each format beside its struct
      4. DISK       durable writes, locks, folders that cannot be left
-     5. KEYS       who a node is
+     5. KEYS       who a node is, and whom it trusts
      6. WIRE       sockets, kinds of message, credit
      7. STORE      packs, index, snapshots
      8. KEEP       what may go, what is damaged, and what is done about it
@@ -139,6 +139,10 @@ WAITING_LIMIT = 8 << 20  # bytes of questions that wait in one session; decoded,
 RAW_LIMIT = 64 << 20  # bytes of decompressed frames that a reader keeps
 QUEUE_LIMIT = 64  # requests waiting in one session: four times the default window
 RECORD_LIMIT = 64 << 20  # bytes of one record of a pack, before memory is taken for it
+UNREAD_LIMIT = 16  # messages that a server lets libzmq take in before it looks at them; the rest waits in the kernel
+UNREAD_QUESTIONS = 40  # the same for a node: what a server has in flight is below it
+WORKING_LIMIT = 100  # of "still working" in answer to one question, and as many again in each second
+DESCRIPTORS = 8192  # that a node uses at most: half-open connections take 10 KB of memory each
 
 # What decides in KEEP.
 MOST_DEAD = 0.4  # of a pack's bytes: beyond it the pack is rewritten
@@ -173,6 +177,11 @@ GRACE = 7 * 86400.0  # s that a removed snapshot stays in the trash
 MAX_REPACK = 1 << 40  # bytes of packs that one prune rewrites at most
 RESERVE = 16 << 20  # bytes given back when the disk is full, so that prune can write what it must
 LOCK_WAIT = 60.0  # s to wait for a store that another run has locked
+HANDSHAKE_TIMEOUT = 5.0  # s for a peer to prove its key; until then it holds a descriptor of the node
+MOST_FILES = 20_000_000  # entries that one node may list
+MOST_BYTES = 1 << 44  # bytes that one node may send in one copy: 16 TiB take two days at 1 Gbit/s
+LONGEST = 3 * 86400.0  # s that one copy may take; what arrived is kept and the next one goes on from there
+PUBLIC_FILE = "zbackup.pub"  # the server's public key, where a node looks for it
 DRILL_FILES = 20  # files of each node that a drill restores, beside its newest database
 
 
@@ -1040,12 +1049,13 @@ class Known:
     """A node that the store has a folder for."""
 
     folder: str
-    identity: str
+    identity: str  # its public key; a random name where it has none; "" once it is forgotten
     name: str = ""
     addresses: tuple[str, ...] = ()  # where it answered last
     first_seen: int = 0  # ns
     last_seen: int = 0
     released: int = 0  # sequence of the last snapshot whose alarm the user has answered
+    offered: str = ""  # another key that was met at its address, and waits for `trust`
 
 
 def encode_known(known: Known) -> bytes:
@@ -1066,11 +1076,23 @@ def decode_known(data: bytes, folder: str) -> Known:
         first_seen=fields.integer("first_seen"),
         last_seen=fields.integer("last_seen"),
         released=fields.integer("released", 0),
+        offered=fields.text("offered", ""),
     )
 
 
 RESERVED = (
-    *("packs", "aside", "damage", "lock", "reserve", "readme.txt", "zbackup.json", "verified.json", "drill.json"),
+    *(
+        "packs",
+        "keys",
+        "aside",
+        "damage",
+        "lock",
+        "reserve",
+        "readme.txt",
+        "zbackup.json",
+        "verified.json",
+        "drill.json",
+    ),
     *("index.sqlite", "index.sqlite-wal", "index.sqlite-shm"),
 )
 
@@ -1092,9 +1114,12 @@ class NodeSettings:
     bind: str = "*"
     name: str = ""
     state: str = ""  # folder of the identity and of frozen copies
+    folder: str = ""  # what it would like to be called in the store
     before: str = ""
     after: str = ""
+    server_key: str = ""  # public key of the one server that it answers; "" for none
     insecure: bool = False
+    handshake_timeout: float = HANDSHAKE_TIMEOUT
     level: int = LEVEL
     margin: float = MARGIN
     sessions: int = SESSIONS
@@ -1109,6 +1134,11 @@ class ServerSettings:
     """What a server was told; every field is a flag."""
 
     store: str = STORE
+    key_file: str = ""  # of the secret key; "" for the one in the store
+    strict: bool = False
+    most_files: int = MOST_FILES
+    most_bytes: int = MOST_BYTES
+    longest: float = LONGEST
     jobs: int = JOBS
     latest: bool = True
     checksum: bool = False
@@ -1448,7 +1478,26 @@ def name_in(folder: int, name: bytes) -> str:
     return f"/proc/self/fd/{folder}/{os.fsdecode(name)}"
 
 
-# ==== 5. KEYS: who a node is ====
+# ==== 5. KEYS: who a node is, and whom it trusts ====
+
+
+def load_zmq() -> Any:
+    """Return the module zmq; BackupError that says how to get it."""
+    try:
+        import zmq
+    except ImportError as error:
+        raise BackupError(
+            f"pyzmq cannot be loaded ({error}); install it: pip install pyzmq, or apt install python3-zmq"
+        ) from None
+    return zmq
+
+
+def load_curve() -> Any:
+    """Return the module zmq; BackupError where its libzmq cannot encrypt."""
+    zmq = load_zmq()
+    if not zmq.has("curve"):
+        raise BackupError("this pyzmq was built without CURVE, so it has no keys; install another one")
+    return zmq
 
 
 def find_state_folder() -> str:
@@ -1457,9 +1506,116 @@ def find_state_folder() -> str:
     return os.environ.get("STATE_DIRECTORY", "").split(":")[0] or os.path.join(home, "zbackup")
 
 
+# ---- key pairs ----
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """Both halves of a CURVE key, each 40 characters of Z85 (https://rfc.zeromq.org/spec/32)."""
+
+    public: str
+    secret: str = field(repr=False)
+
+
+KEY = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
+
+
+def is_key(text: str) -> bool:
+    """Tell whether `text` has the form of a key."""
+    return KEY.fullmatch(text) is not None
+
+
+def make_pair() -> KeyPair:
+    """Return a new key pair; its public half begins with a letter or digit, so that it is no flag and no @FILE."""
+    zmq = load_curve()
+    while True:
+        public, secret = (half.decode("ascii") for half in zmq.curve_keypair())
+        if public[0].isalnum():
+            return KeyPair(public, secret)
+
+
+def _check_private(path: str, fd: int) -> None:
+    """Raise BackupError when others than its owner may read a secret key, or look into its folder."""
+    folder = os.path.dirname(os.path.abspath(path))
+    for what, found, mode in ((path, os.fstat(fd), "600"), (folder, os.stat(folder), "700")):
+        if found.st_mode & 0o077:
+            raise BackupError(
+                f"{show(what)} is open to other users, and {show(path)} is a secret key: if nobody has read it,"
+                f" chmod {mode} {show(what)}; else remove it, and a new key is made"
+            )
+
+
+def load_pair(path: str) -> KeyPair:
+    """Return the key pair whose secret half stands in a file, made at first use.
+
+    Raises BackupError when it can be neither read nor kept, or others can read it.
+    """
+    zmq = load_curve()
+    try:
+        if not os.path.lexists(path):
+            make_folder(os.path.dirname(os.path.abspath(path)))
+            with contextlib.suppress(FileExistsError):  # another process made it at this moment
+                write_durably(path, make_pair().secret.encode("ascii") + b"\n", replacing=False)
+        fd = os.open(path, FILE_FLAGS)
+        try:
+            _check_private(path, fd)
+            secret = os.read(fd, 100).decode("ascii", "replace").strip()
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise BackupError(f"the key {show(path)} can be neither read nor made: {explain(error)}") from None
+    if not is_key(secret):
+        raise BackupError(f"{show(path)} holds no secret key; restore it, or remove it, and a new one is made")
+    return KeyPair(zmq.curve_public(secret.encode("ascii")).decode("ascii"), secret)
+
+
+PUBLIC_HEAD = "# A zbackup server's public key, no secret: a node that has it answers this server alone.\n"
+
+
+def encode_public(key: str) -> bytes:
+    """Return the file zbackup.pub: a comment and a server's public key."""
+    return f"{PUBLIC_HEAD}{key}\n".encode("ascii")
+
+
+def load_public(path: str) -> str:
+    """Return the public key in a file; UsageError where there is none, or any user can put another one in."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            if os.fstat(file.fileno()).st_mode & 0o002:
+                raise UsageError(f"{show(path)} can be written by any user, so its key proves nothing: chmod o-w it")
+            lines = [line.strip() for line in file.read(10000).splitlines()]
+    except OSError as error:
+        raise UsageError(f"the server's key {show(path)} cannot be read: {explain(error)}") from None
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if len(keys) != 1 or not is_key(keys[0]):
+        raise UsageError(f"{show(path)} does not hold one public key; `zbackup.pyz key --file {PUBLIC_FILE}` makes it")
+    return keys[0]
+
+
+def find_public(given: str, folders: Iterable[str]) -> str:
+    """Return the server's public key: the one given, or that of a file, or that of a zbackup.pub in these folders.
+
+    "" where nothing is given and no folder has one.  Raises UsageError for what is no key.
+    """
+    if is_key(given):
+        return given
+    if given:
+        return load_public(given)
+    paths = [os.path.join(folder, PUBLIC_FILE) for folder in folders]
+    return next((load_public(path) for path in paths if os.path.lexists(path)), "")
+
+
+# ---- identities: a key, or a random name for a node without one ----
+
+
 def is_identity(text: str) -> bool:
-    """Tell whether `text` has the form of a node's identity."""
+    """Tell whether `text` has the form of a random name."""
     return re.fullmatch("[0-9a-f]{32}", text) is not None
+
+
+def name_short(identity: str) -> str:
+    """Return eight characters that tell one identity from others and stand well in a file's name."""
+    return identity[:8] if is_identity(identity) else hashlib.sha256(identity.encode("utf-8")).hexdigest()[:8]
 
 
 def load_identity(folder: str) -> str:
@@ -1499,6 +1655,9 @@ ASIDE = 4  # requests in flight beside the window of bytes
 
 # What a monitored connection went through, as far as libzmq tells.
 CONNECTED, REFUSED, READY, FAILED, LOST = "connected", "refused", "ready", "failed", "lost"
+FOREIGN = "foreign"  # the handshake failed since the node was made for another server's key
+CRYPTOGRAPHIC = 0x11000001  # ZMQ_PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC, in the event of a failed handshake
+HANDSHAKES = "inproc://zeromq.zap.01"  # where libzmq asks whether to accept a key, https://rfc.zeromq.org/spec/27
 
 
 @dataclass(frozen=True)
@@ -1537,27 +1696,54 @@ def to_milliseconds(seconds: float) -> int:
     return max(1, min(int(seconds * 1000), 1 << 27))
 
 
-def load_zmq() -> Any:
-    """Return the module zmq; BackupError that says how to get it."""
-    try:
-        import zmq
-    except ImportError as error:
-        raise BackupError(
-            f"pyzmq cannot be loaded ({error}); install it: pip install pyzmq, or apt install python3-zmq"
-        ) from None
-    return zmq
+class Doorkeeper:
+    """Tells libzmq to let every key in, so that each message bears its sender's key; what it may do is SWEEP's."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self.zmq = load_curve()
+        self.context = context
+        self._socket = context.socket(self.zmq.REP)
+        self._socket.bind(HANDSHAKES)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="doorkeeper")
+        self._thread.start()
+
+    def _run(self) -> None:
+        with self._socket:
+            while True:
+                frames = self._socket.recv_multipart()
+                if len(frames) < 2:  # from `close`
+                    return
+                self._socket.send_multipart(self._answer(frames))
+
+    @staticmethod
+    def _answer(frames: Sequence[bytes]) -> list[bytes]:
+        from zmq.utils import z85
+
+        version, number, *_, mechanism = frames[:6]
+        if mechanism != b"CURVE" or len(frames) != 7 or len(frames[6]) != 32:
+            return [version, number, b"400", b"a key is needed", b"", b""]
+        return [version, number, b"200", b"OK", z85.encode(frames[6]), b""]
+
+    def close(self) -> None:
+        """End its thread."""
+        with self.context.socket(self.zmq.REQ) as bell:
+            bell.connect(HANDSHAKES)
+            bell.send(b"")
+            self._thread.join()
 
 
 class Wire:
-    """What all sockets of a process share: the context, the clock, the wish to stop."""
+    """What all sockets of a process share: the context, the key pair, the clock, the wish to stop."""
 
-    def __init__(self, clock: Clock, stop: threading.Event, heartbeat: float = HEARTBEAT) -> None:
+    def __init__(self, clock: Clock, stop: threading.Event, heartbeat: float, pair: KeyPair | None = None) -> None:
         self.zmq = load_zmq()
         self.clock = clock
         self.stop = stop
         self.heartbeat = heartbeat
+        self.pair = pair
         self.context: zmq.Context[zmq.Socket[bytes]] = self.zmq.Context()
         self.context.set(self.zmq.MAX_SOCKETS, MOST_SOCKETS)
+        self._doorkeeper: Doorkeeper | None = None
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """Return a socket with the settings that all of ours have."""
@@ -1574,8 +1760,19 @@ class Wire:
         # A ROUTER drops what is above its mark without a word: keep it out of the credit's reach.
         # It is also what bounds the memory that a server takes which asks and never reads.
         socket.setsockopt(self.zmq.SNDHWM, 2 * QUEUE_LIMIT)
-        socket.setsockopt(self.zmq.RCVHWM, 2 * QUEUE_LIMIT)
         return socket
+
+    def expect_nodes(self, socket: zmq.Socket[bytes]) -> None:
+        """Make a connecting socket the CURVE server: it takes any key, and each message tells whose it is.
+
+        The roles are this way round so that a node needs one public key, and no node needs another's.
+        """
+        if self.pair is None:
+            raise BackupError("there is no key pair to meet nodes with")
+        if self._doorkeeper is None:
+            self._doorkeeper = Doorkeeper(self.context)
+        socket.setsockopt(self.zmq.CURVE_SERVER, 1)
+        socket.setsockopt(self.zmq.CURVE_SECRETKEY, self.pair.secret.encode("ascii"))
 
     def peers_at_once(self) -> int:
         """Return how many peers there may be side by side, by descriptors and by libzmq's count of sockets."""
@@ -1594,6 +1791,9 @@ class Wire:
 
     def close(self) -> None:
         """End all sockets, also those that a dying thread left open."""
+        if self._doorkeeper:
+            self._doorkeeper.close()
+            self._doorkeeper = None
         self.context.destroy(linger=0)
 
 
@@ -1603,10 +1803,13 @@ class Peer:
     Questions go out as the window allows, answers come back in the same order.
     """
 
-    def __init__(self, wire: Wire, address: Address, connect_timeout: float) -> None:
+    def __init__(self, wire: Wire, address: Address, connect_timeout: float, key: str | None = None) -> None:
         self.wire = wire
         self.address = address
+        self.key = key  # the node's: "" until its first message tells it, None for a node without one
         self.received = 0  # bytes of all answers
+        self.most = 1 << 63  # of them
+        self.end = float("inf")  # monotonic, when the whole conversation must be over
         self.events: list[str] = []  # what the connection went through
         self._number = 0
         self._linger = 0  # ms
@@ -1619,6 +1822,9 @@ class Peer:
         self.socket.setsockopt(zmq.HANDSHAKE_IVL, milliseconds)
         # A second try within one hello tells nothing new.
         self.socket.setsockopt(zmq.RECONNECT_IVL, 10 * milliseconds)
+        self.socket.setsockopt(zmq.RCVHWM, UNREAD_LIMIT)
+        if key is not None:
+            wire.expect_nodes(self.socket)
         self.monitor = self.socket.get_monitor_socket(
             zmq.EVENT_CONNECTED
             | zmq.EVENT_CLOSED
@@ -1673,11 +1879,14 @@ class Peer:
         that it is still working.  Raises NodeError, ProtocolError or Interrupted.
         """
         clock = self.wire.clock
-        end = clock.monotonic() + longest
-        quiet = clock.monotonic() + timeout
+        start = clock.monotonic()
+        end, quiet = start + longest, start + timeout
+        signs = 0
         while True:
             message = self.receive(SLICE)
             now = clock.monotonic()
+            if now > self.end:
+                raise NodeError("the copy took longer than --longest allows; the next one goes on from here", "long")
             if message is None and LOST in self.events:
                 raise NodeError("the connection to the node was lost", "lost")
             if message is None and now > min(quiet, end):
@@ -1686,6 +1895,9 @@ class Peer:
                 continue
             if message.kind != WORKING:
                 return self._hand_on(message)
+            signs += 1
+            if signs > WORKING_LIMIT * (1 + now - start):
+                raise ProtocolError("floods the server with signs of work")
             if now > end:
                 raise NodeError(f"the node was still working after {longest:g} s", "silent")
             quiet = now + timeout
@@ -1715,7 +1927,17 @@ class Peer:
             self.read_events()
             return None
         self.received += sum(len(frame) for frame in frames)
+        self._check_sender(frames)
         return decode_message(frames)
+
+    def _check_sender(self, frames: Sequence[Any]) -> None:
+        if self.received > self.most:
+            raise NodeError(f"sent more than the {format_size(self.most)} that --most-bytes allows", "much")
+        if self.key is not None:
+            key = frames[0].get("User-Id")
+            if self.key not in ("", key):
+                raise ProtocolError("has another key than a moment before")
+            self.key = key
 
     def read_events(self) -> None:
         """Note what the connection went through since the last call."""
@@ -1727,8 +1949,8 @@ class Peer:
             zmq.EVENT_DISCONNECTED: LOST,
         }
         while self.monitor.poll(0):
-            event = struct.unpack("=HI", self.monitor.recv_multipart()[0])[0]
-            self.events.append(names.get(event, FAILED))
+            event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
+            self.events.append(names.get(event, FOREIGN if value == CRYPTOGRAPHIC else FAILED))
 
 
 def say_hello() -> dict[str, Any]:
@@ -1738,7 +1960,7 @@ def say_hello() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Hello:
-    """What a node says of itself."""
+    """What a node says of itself; its identity is proved where it is a key."""
 
     identity: str
     instance: str  # of the running process: two with one identity are clones
@@ -1746,10 +1968,15 @@ class Hello:
     program: str
     codecs: tuple[str, ...]
     roots: tuple[str, ...]
+    folder: str = ""  # what it would like to be called in the store
+    former: str = ""  # the random name that it had before it had a key; not proved
 
 
-def decode_hello(message: Message) -> Hello:
-    """Return the Hello in an answer; ProtocolError with both versions where they differ."""
+def decode_hello(message: Message, key: str | None = None) -> Hello:
+    """Return the Hello in an answer; ProtocolError with both versions where they differ.
+
+    `key` is the node's, as the handshake proved it; None for a node without one.
+    """
     fields = message.fields
     if message.kind == ERROR:
         raise NodeError(show(fields.text("message")), fields.text("code", limit=20))
@@ -1761,12 +1988,14 @@ def decode_hello(message: Message) -> Hello:
     if message.kind != HELLO or not is_identity(identity):
         raise ProtocolError("did not answer HELLO with an identity")
     return Hello(
-        identity=identity,
+        identity=key or identity,
         instance=fields.text("instance", "", 100),
         name=fields.text("name", "", 255),
         program=fields.text("program", "", 100),
         codecs=tuple(fields.texts("codecs", 20)),
         roots=tuple(fields.texts("roots")),
+        folder=fields.text("folder", "", 255),
+        former=identity if key else "",
     )
 
 
@@ -1779,13 +2008,49 @@ class Request:
     message: Message
 
 
+def is_loopback(address: str) -> bool:
+    """Tell whether a peer's address is of the machine itself."""
+    import ipaddress
+
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback
+
+
+def can_bind_to_loopback() -> bool:
+    """Tell whether this system lets a socket take connections from its own machine alone; Linux does."""
+    import socket
+
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Door:
+    """Whom a node's socket lets in."""
+
+    server_key: str = ""  # public: nobody else than the server that has its secret half
+    pair: KeyPair | None = None  # the node's own; needed with a server's key
+    local: bool = False  # this machine alone
+    handshake_timeout: float = HANDSHAKE_TIMEOUT
+
+
 class Listener:
     """The node's bound socket, and the way by which sessions' threads answer through it."""
 
-    def __init__(self, wire: Wire, endpoints: Sequence[str]) -> None:
+    def __init__(self, wire: Wire, endpoints: Sequence[str], door: Door) -> None:
         self.wire = wire
+        self.door = door
         zmq = wire.zmq
         self.router = wire.socket(zmq.ROUTER)
+        self._guard()
         self.answers = wire.context.socket(zmq.PULL)
         self.answers.setsockopt(zmq.RCVHWM, 0)
         self.answers.bind("inproc://answers")
@@ -1794,6 +2059,21 @@ class Listener:
             self.poller.register(socket, zmq.POLLIN)
         for endpoint in endpoints:
             self._bind(endpoint)
+
+    def _guard(self) -> None:
+        """Bound what strangers can take, and let in only whom the door says."""
+        zmq, door, router = self.wire.zmq, self.door, self.router
+        router.setsockopt(zmq.HANDSHAKE_IVL, to_milliseconds(door.handshake_timeout))
+        router.setsockopt(zmq.MAXMSGSIZE, QUESTION_LIMIT + PAGE)  # what CURVE adds included
+        router.setsockopt(zmq.RCVHWM, UNREAD_QUESTIONS)
+        if door.server_key:
+            if door.pair is None:
+                raise BackupError("there is no key pair to prove who this node is")
+            router.setsockopt(zmq.CURVE_SERVERKEY, door.server_key.encode("ascii"))
+            router.setsockopt(zmq.CURVE_PUBLICKEY, door.pair.public.encode("ascii"))
+            router.setsockopt(zmq.CURVE_SECRETKEY, door.pair.secret.encode("ascii"))
+        elif door.local and can_bind_to_loopback():
+            router.setsockopt(zmq.BINDTODEVICE, b"lo")
 
     def _bind(self, endpoint: str) -> None:
         zmq = self.wire.zmq
@@ -1832,7 +2112,9 @@ class Listener:
             address = frames[-1].get("Peer-Address")
         except self.wire.zmq.ZMQError:
             address = ""
-        return Request(frames[0].bytes, str(address), decode_message(frames[1:], QUESTION_LIMIT))
+        # Who is to be refused gets no more work done than that takes.
+        most = PAGE if self.door.local and not is_loopback(str(address)) else QUESTION_LIMIT
+        return Request(frames[0].bytes, str(address), decode_message(frames[1:], most))
 
     def _pass_on(self) -> None:
         zmq = self.wire.zmq
@@ -1970,6 +2252,10 @@ class Index:
     def _open(self) -> sqlite3.Connection:
         import sqlite3
 
+        if self.path != ":memory:":
+            with contextlib.suppress(OSError):  # SQLite would let others read it; its log has the mode that it has
+                os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+                os.chmod(self.path, 0o600)
         connection = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -3258,7 +3544,7 @@ class Store:
         return Known(name, last.identity, last.host, (last.address,), first.started, last.started)
 
 
-STORE_NAMES = ("packs", "lock", "README.txt", "reserve", "lost+found")  # what a store may have before it is one
+STORE_NAMES = ("packs", "keys", "lock", "README.txt", "reserve", "lost+found")  # what a store may have before it is one
 
 
 def encode_identity(identity: str) -> bytes:
@@ -3267,15 +3553,25 @@ def encode_identity(identity: str) -> bytes:
     return encode_file({"id": identity, "features": list(FEATURES), "readme": proof})
 
 
-def _create_store(path: str) -> None:
-    import secrets
+def make_store_folder(path: str) -> None:
+    """Make the folder of a store, or take one that is empty: it is private then.
 
+    Raises StoreError where it is another folder, with what is not a store's in it.
+    """
     make_folder(path)
     names = os.listdir(path)
     strange = [n for n in names if n not in STORE_NAMES and not n.startswith(TEMPORARY)]
     if strange and "zbackup.json" not in names:  # another process may make it at this moment
         what = f"not a zbackup store, and not empty (it has {show(strange[0])})"
         raise StoreError(f"{path} is {what}; name another folder with --store")
+    if "zbackup.json" not in names and os.stat(path).st_uid == os.geteuid():
+        os.chmod(path, 0o700)
+
+
+def _create_store(path: str) -> None:
+    import secrets
+
+    make_store_folder(path)
     make_folder(os.path.join(path, "packs"))
     write_durably(os.path.join(path, "README.txt"), STORE_README.encode("ascii"))
     # Last, since its presence makes the folder a store.
@@ -5539,18 +5835,6 @@ IDLE = 15.0  # s without a question after which a server is taken for dead where
 COMPLAINTS = 100  # told in one node's life: a hostile peer must not fill the log
 
 
-def is_loopback(address: str) -> bool:
-    """Tell whether a peer's address is of the machine itself."""
-    import ipaddress
-
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
-
-
 class Node:
     """The node's main loop: it alone uses the socket; each copy runs in its session's thread."""
 
@@ -5561,10 +5845,13 @@ class Node:
         bind = re.sub(r"[^A-Za-z0-9.]", "-", settings.bind.replace("*", "any"))
         self.state = os.path.join(settings.state or find_state_folder(), f"node-{bind}-{settings.port}")
         self.identity = load_identity(self.state)
+        self.pair = load_pair(os.path.join(self.state, "key")) if settings.server_key else None
         self._lock = self._lock_state()
         self.instance = os.urandom(8).hex()  # tells this process from a clone of the machine
         host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
-        self.listener = Listener(wire, [f"tcp://{host}:{settings.port}"])
+        local = not settings.server_key and not settings.insecure
+        door = Door(settings.server_key, self.pair, local, settings.handshake_timeout)
+        self.listener = Listener(wire, [f"tcp://{host}:{settings.port}"], door)
         spool = Spool(os.path.join(self.state, "spool"))
         self.home = Home(settings, wire, self.listener, spool, base, say)
         self._sessions: dict[bytes, Session] = {}
@@ -5612,15 +5899,13 @@ class Node:
             self._pass_to_session(request)
 
     def _refuse(self, request: Request) -> str:
-        if self.settings.insecure or is_loopback(request.address):
+        if not self.listener.door.local or is_loopback(request.address):
             return ""
         if request.address not in self._refused and len(self._refused) < COMPLAINTS:
             self._refused.add(request.address)
             address = show(request.address.replace("::ffff:", ""))
-            self.say(f"refused {address}: without --insecure this node answers only its own machine")
-        return (
-            "the node answers only its own machine; start it with --insecure if all on this network may read its files"
-        )
+            self.say(f"refused {address}: without --server-key this node answers only its own machine")
+        return "the node answers only its own machine; give it this server's public key with --server-key"
 
     def _hello(self) -> dict[str, Any]:
         return {
@@ -5629,6 +5914,7 @@ class Node:
             "identity": self.identity,
             "instance": self.instance,
             "name": self.settings.name,
+            "folder": self.settings.folder,
             "codecs": list_codecs(),
             "roots": list(self.settings.files),
         }
@@ -5684,8 +5970,9 @@ class Node:
 
 SILENT = "silent"  # no answer of any kind
 STRANGER = "no node"  # the machine is there, a node is not
-REFUSES = "refuses"  # a node that will not serve us, or speaks another protocol
+REFUSES = "refuses"  # a node that trusts another server, has another key than it had, or speaks another protocol
 NODE = "node"
+UNSURE = "unsure"  # it hung up on a handshake with keys: it may be a node without one
 
 
 @dataclass(frozen=True)
@@ -5696,16 +5983,23 @@ class Probe:
     state: str
     hello: Hello | None = None
     detail: str = ""
+    owner: str = ""  # folder of the node with a key that was expected here instead
 
 
 def _judge_silence(peer: Peer) -> Probe:
     peer.read_events()
+    if FOREIGN in peer.events:
+        detail = "runs a node that trusts another server; if it is to be this one, give it this server's key"
+        return Probe(peer.address, REFUSES, None, f"{detail} with --server-key (`zbackup.pyz key` prints it)")
+    if peer.key is not None and {FAILED, LOST} & set(peer.events):
+        return Probe(peer.address, UNSURE)
     if READY in peer.events:
         return Probe(peer.address, STRANGER, None, "a ZeroMQ service that is no node")
     if CONNECTED in peer.events:
         return Probe(peer.address, STRANGER, None, f"port {peer.address.port} is another service")
     if REFUSED in peer.events:
-        return Probe(peer.address, STRANGER, None, f"nothing listens at port {peer.address.port}")
+        what = "a node without a key can be reached from its own machine only"
+        return Probe(peer.address, STRANGER, None, f"nothing listens at port {peer.address.port}; {what}")
     return Probe(peer.address, SILENT)
 
 
@@ -5714,15 +6008,15 @@ def _read_hello(peer: Peer) -> Probe | None:
     try:
         message = peer.receive(0)
         if message is None:
-            return _judge_silence(peer) if {REFUSED, FAILED, LOST} & set(peer.events) else None
-        return Probe(peer.address, NODE, decode_hello(message))
+            return _judge_silence(peer) if {REFUSED, FAILED, FOREIGN, LOST} & set(peer.events) else None
+        return Probe(peer.address, NODE, decode_hello(message, peer.key))
     except NodeError as error:
         return Probe(peer.address, REFUSES if error.code == "refused" else STRANGER, None, str(error))
     except FormatError as error:
         return Probe(peer.address, STRANGER, None, f"answered what is no HELLO: {error}")
 
 
-def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float) -> list[Probe]:
+def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float, key: str | None) -> list[Probe]:
     zmq = wire.zmq
     poller = zmq.Poller()
     peers: dict[Address, Peer] = {}
@@ -5731,7 +6025,7 @@ def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float) -> li
     try:
         for address in addresses:
             # Longer than the probe: what libzmq gives up on its own looks like a refusal.
-            peer = peers[address] = Peer(wire, address, 10 * timeout)
+            peer = peers[address] = Peer(wire, address, 10 * timeout, key)
             with contextlib.suppress(NodeError):  # refused already: its events tell
                 peer.ask(HELLO, say_hello(), lambda message: None)
             for socket in (peer.socket, peer.monitor):
@@ -5753,11 +6047,18 @@ def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float) -> li
 
 
 def probe(wire: Wire, addresses: Sequence[Address], settings: ServerSettings) -> list[Probe]:
-    """Ask all addresses at once, within the limit of hellos in flight; in the order given."""
+    """Ask all addresses at once, within the limit of hellos in flight; in the order given.
+
+    Those that hang up on a handshake with keys are asked again without.
+    """
     found: list[Probe] = []
     most = min(settings.hellos_at_once, wire.peers_at_once())
+    key = "" if wire.pair else None
     for start in range(0, len(addresses), most):
-        found += _probe_group(wire, addresses[start : start + most], settings.timeout)
+        group = _probe_group(wire, addresses[start : start + most], settings.timeout, key)
+        unsure = [probed.address for probed in group if probed.state == UNSURE]
+        plain = {probed.address: probed for probed in _probe_group(wire, unsure, settings.timeout, None)}
+        found += [plain.get(probed.address, probed) for probed in group]
     return found
 
 
@@ -5771,36 +6072,158 @@ class Target:
     note: str = ""
 
 
-def _plan_target(hello: Hello, addresses: tuple[Address, ...], folder: str, taken: set[str]) -> Target:
-    note = ""
-    if not folder:
-        first = addresses[0]
-        plain = name_folder(first.host)
-        names = [plain, f"{plain}-{first.port}"] if first.port != PORT else [plain]
-        folder = next((name for name in names if name not in taken), f"{plain}-{hello.identity[:8]}")
-        if plain in taken:
-            note = f"another node than the one whose copies are in {plain}; its copies go to {folder}"
-        taken.add(folder)
+def is_number(text: str) -> bool:
+    """Tell whether `text` is an address rather than a name."""
+    import ipaddress
+
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _plan_target(hello: Hello, addresses: tuple[Address, ...], taken: set[str]) -> Target:
+    """Return the target of a node that is new, with a folder that is not in `taken`, which has the names in lower case.
+
+    Its folder has the name that the node asks for, unless that is another's or looks like an address.
+    """
+    first = addresses[0]
+    wish = name_folder(hello.folder[:100]) if hello.folder and not is_number(hello.folder) else ""
+    plain = name_folder(first.host)
+    names = [*([wish] if wish else []), plain, *([f"{plain}-{first.port}"] if first.port != PORT else [])]
+    last = f"{plain}-{name_short(hello.identity)}"
+    folder = next((name for name in names if name.lower() not in taken), last)
+    note = "a new node" + (f" with the key {hello.identity}" if is_key(hello.identity) else "")
+    if names[0].lower() in taken:
+        note = f"another node than the one whose copies are in {names[0]}; its copies go to {folder}"
+    taken.add(folder.lower())
     return Target(hello, addresses, folder, note)
 
 
-def plan_targets(probes: Sequence[Probe], known: Sequence[Known]) -> tuple[list[Target], list[Probe]]:
-    """Return the nodes found, each once, and the probes of clones that must not be mixed up."""
+def _find_owner(group: Sequence[tuple[Probe, Hello]], known: Sequence[Known], present: Set[str]) -> Known | None:
+    """Return the node with a key that was last met where a new one is, and did not answer elsewhere."""
+    here = {str(found.address) for found, _ in group}
+    away = [node for node in known if is_key(node.identity) and node.identity not in present]
+    return next((node for node in away if here & set(node.addresses)), None)
+
+
+def _refuse_new(found: Probe, hello: Hello, owner: Known | None, strict: bool) -> str:
+    """Return why a node that is not known is not copied; "" where it may be."""
+    if owner and is_key(hello.identity):
+        return (
+            f"has the key {hello.identity}, where the node whose copies are in {owner.folder} has {owner.identity}:"
+            f" if that machine was set up anew, `zbackup.pyz trust {owner.folder}`; if this is another machine,"
+            f" `zbackup.pyz trust {owner.folder} --new`"
+        )
+    if owner:
+        return f"answers without a key, where the node whose copies are in {owner.folder} has one; see its --server-key"
+    if strict and is_key(hello.identity):
+        name = name_folder(hello.folder[:100] or found.address.host)
+        return f"is not known, and --strict is set; to accept it: `zbackup.pyz trust {name} '{hello.identity}'`"
+    return ""
+
+
+def _find_known(hello: Hello, known: Sequence[Known], present: Set[str]) -> Known | None:
+    """Return a node by its key, or by the name that it had before it had a key, if nobody else has that now."""
+    names = [hello.identity, *([hello.former] if hello.former and hello.former not in present else [])]
+    return next((node for name in names for node in known if node.identity == name), None)
+
+
+def plan_targets(
+    probes: Sequence[Probe], known: Sequence[Known], strict: bool = False
+) -> tuple[list[Target], list[Probe]]:
+    """Return the nodes to copy, each once, and the probes of those that are refused.
+
+    Refused are clones, which must not be mixed up; who has another key than the node that was
+    there before; and, with `strict`, who has no key, or one that is not known.
+    """
     groups: dict[str, list[tuple[Probe, Hello]]] = {}
     for found in probes:
         if found.hello:
             groups.setdefault(found.hello.identity, []).append((found, found.hello))
-    by_identity = {node.identity: node for node in known}
-    taken = {node.folder for node in known}
-    targets, clones = [], []
+    taken = {node.folder.lower() for node in known}
+    targets: list[Target] = []
+    refused: list[Probe] = []
     for identity, group in groups.items():
-        node = by_identity.get(identity)
+        node = _find_known(group[0][1], known, groups.keys())
         first, hello = next(((p, h) for p, h in group if node and str(p.address) in node.addresses), group[0])
         addresses = tuple(p.address for p, h in group if h.instance == hello.instance)
-        targets.append(_plan_target(hello, addresses, node.folder if node else "", taken))
-        detail = f"has the identity of the node at {first.address}, as a cloned machine does: remove its identity file"
-        clones += [replace(p, state=REFUSES, detail=detail) for p, h in group if h.instance != hello.instance]
-    return targets, clones
+        owner = None if node else _find_owner(group, known, groups.keys())
+        detail = "" if node else _refuse_new(first, hello, owner, strict)
+        if strict and not is_key(identity):
+            detail = detail or "has no key, and --strict is set; see its --server-key"
+        if detail:
+            refused.append(replace(first, state=REFUSES, detail=detail, owner=owner.folder if owner else ""))
+            continue
+        if node:
+            note = f"it has a key now, {identity}" if node.identity != identity else ""
+            targets.append(Target(hello, addresses, node.folder, note))
+        else:
+            targets.append(_plan_target(hello, addresses, taken))
+        detail = f"has the identity of the node at {first.address}, as a cloned machine does: remove its state folder"
+        refused += [replace(p, state=REFUSES, detail=detail) for p, h in group if h.instance != hello.instance]
+    return targets, refused
+
+
+def list_offers(refused: Sequence[Probe]) -> dict[str, str]:
+    """Return the keys that were met in place of known ones, by folder: `trust` may accept them."""
+    met = {found.owner: found.hello.identity for found in refused if found.owner and found.hello}
+    return {folder: key for folder, key in met.items() if is_key(key)}
+
+
+# ---- who is known: pins, and the user's word on them ----
+
+
+def _change_known(folder: NodeFolder, change: Callable[[Known], Known]) -> Known:
+    """Change what is known of a node, while no copy of it is under way."""
+    lock = folder.lock()
+    try:
+        known = change(folder.load_known())
+        folder.save_known(known)
+        return known
+    finally:
+        os.close(lock)
+
+
+def trust_key(store: Store, name: str, key: str, now: int) -> Known:
+    """Let the node of a folder be who has `key`, or the key that was met in its place; its history goes on.
+
+    A folder that does not exist is made, for a node that is yet to come.  Raises UsageError
+    where there is no key to accept, or another node has it.
+    """
+    folder = store.node(name)
+    known = {node.folder: node for node in store.list_nodes()}
+    offered = key or (known[name].offered if name in known else "")
+    if not is_key(offered):
+        raise UsageError(f"which key? None was met in place of the one of {show(name)}; name it: trust NODE KEY")
+    owner = next((node for node in known.values() if node.identity == offered and node.folder != name), None)
+    if owner:
+        raise UsageError(f"this is the key of the node whose copies are in {owner.folder}; `forget` that one first")
+    if name not in known:
+        if name_folder(name) != name:
+            raise UsageError(f"{show(name)} cannot be a folder's name; letters, digits and . _ - can")
+        folder.make()
+        folder.save_known(Known(name, offered, first_seen=now, last_seen=now))
+        return store.load_known(name)
+    return _change_known(folder, lambda node: replace(node, identity=offered, offered="", last_seen=now))
+
+
+def trust_newcomer(store: Store, name: str, now: int) -> Known:
+    """Let who was met in place of a known node be a node of its own, with a folder of its own."""
+    known = store.load_known(name)
+    if not known.offered:
+        raise UsageError(f"no other key was met in place of the one of {show(name)}")
+    made = trust_key(store, f"{name}-{name_short(known.offered)}", known.offered, now)
+    _change_known(store.node(name), lambda node: replace(node, offered=""))
+    return made
+
+
+def forget_node(store: Store, name: str) -> Known:
+    """Expect a node no more, and know its key no more; its copies stay.  Returns what was known."""
+    before = store.load_known(name)
+    _change_known(store.node(name), lambda node: replace(node, identity="", addresses=(), offered=""))
+    return before
 
 
 # ---- pull ----
@@ -6452,6 +6875,7 @@ class Pull:
         """Yield the node's lines; the next batch is always asked for already."""
         answers: deque[Message] = deque()
         more = True
+        count = 0
         self.intake.peer.ask(LIST, {}, answers.append)
         while more:
             while not answers:
@@ -6465,7 +6889,11 @@ class Pull:
             raw = decompress(fields.integer("codec", high=255), body, size)
             if more and not raw:
                 raise ProtocolError("lists nothing, without end")
-            yield from raw.split(b"\n") if raw else ()
+            lines = raw.split(b"\n") if raw else []
+            count += len(lines)
+            if count > self.intake.settings.most_files:
+                raise ProtocolError(f"lists more than the {self.intake.settings.most_files} files of --most-files")
+            yield from lines
 
     def _decide(self, line: bytes) -> Slot:
         """Return the slot of a line: done where nothing is to be read."""
@@ -6708,7 +7136,10 @@ class Copier:
         newest = next(folder.newest(), None)
         reader = self.store.reader()
         writer = PackWriter(self.store.packs, self.store.index, ZSTD if load_zstd() else ZLIB, self.settings.level)
-        peer = Peer(self.wire, target.addresses[0], self.settings.answer_timeout)
+        identity = target.hello.identity
+        key = identity if is_key(identity) else None
+        peer = Peer(self.wire, target.addresses[0], self.settings.answer_timeout, key)
+        peer.most, peer.end = self.settings.most_bytes, self.wire.clock.monotonic() + self.settings.longest
         try:
             intake = self.intakes[target.folder] = Intake(peer, reader, writer, self.settings)
             start = Snapshot(
@@ -6719,7 +7150,7 @@ class Copier:
                 finished=0,
                 grade="partial",
                 address=str(target.addresses[0]),
-                identity=target.hello.identity,
+                identity=identity,
                 host=show(target.hello.name),
             )
             return self._pull(intake, folder, start, report)
@@ -6795,8 +7226,8 @@ class Copier:
             known = folder.load_known()
         except (OSError, FormatError):
             known = Known(folder.name, "", first_seen=now)
-        name, addresses = show(target.hello.name), tuple(map(str, target.addresses))
-        folder.save_known(replace(known, identity=target.hello.identity, name=name, addresses=addresses, last_seen=now))
+        known = replace(known, identity=target.hello.identity, name=show(target.hello.name), offered="")
+        folder.save_known(replace(known, addresses=tuple(map(str, target.addresses)), last_seen=now))
 
 
 def report_probe(found: Probe) -> NodeReport:
@@ -6808,18 +7239,21 @@ def report_probe(found: Probe) -> NodeReport:
 def report_missing(
     probes: Sequence[Probe], targets: Sequence[Target], known: Sequence[Known], when: tuple[int, float]
 ) -> list[NodeReport]:
-    """Return a report for each known node of these addresses that did not answer; `when` is now and --stale."""
+    """Return a report for each known node of these addresses that did not answer as itself.
+
+    What did answer in its place stands in the report.  `when` is now (ns) and --stale (s).
+    """
     now, stale = when
-    swept = {str(found.address) for found in probes}
     present = {target.folder for target in targets}
     reports = []
     for node in known:
-        if node.folder not in present and swept & set(node.addresses):
+        here = [p for p in probes if p.owner == node.folder or (not p.owner and str(p.address) in node.addresses)]
+        if node.folder not in present and here:
             away = now - node.last_seen
-            code = MISSING if away > stale * 1e9 else 0
-            reports.append(
-                NodeReport(node.addresses[0], SILENT, node.addresses, node.folder, missing=away, exit_code=code)
-            )
+            told = min(here, key=lambda found: (REFUSES, STRANGER, SILENT, NODE).index(found.state))
+            code = report_probe(told).exit_code or (MISSING if away > stale * 1e9 else 0)
+            report = NodeReport(str(told.address), SILENT, node.addresses, node.folder, missing=away, exit_code=code)
+            reports.append(replace(report, error=told.detail))
     return reports
 
 
@@ -6857,15 +7291,22 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
     known = store.list_nodes()
     probes = probe(wire, addresses, settings)
     expected = {address for node in known for address in node.addresses}
-    again = [found.address for found in probes if found.state == SILENT and str(found.address) in expected]
+    doubtful = [found for found in probes if found.state in (SILENT, STRANGER)]
+    again = [found.address for found in doubtful if str(found.address) in expected]
     if again:  # a known node is worth a second question
         second = {found.address: found for found in probe(wire, again, settings)}
         probes = [second.get(found.address, found) for found in probes]
-    targets, clones = plan_targets(probes, known)
+    targets, refused = plan_targets(probes, known, settings.strict)
+    for name, key in list_offers(refused).items():
+        store.node(name).save_known(replace(store.load_known(name), offered=key))
+    instead = {found.address: found for found in refused}
+    probes = [instead.get(found.address, found) for found in probes]
     missing = report_missing(probes, targets, known, (wire.clock.now(), settings.stale))
-    told = {address for node in missing for address in node.addresses}
-    others = [p for p in probes if not p.hello and (p.state != SILENT or str(p.address) not in told)]
-    nodes = [*missing, *map(report_probe, [*others, *clones])]
+    told = {node.address for node in missing}
+    absent = {address for node in missing for address in node.addresses}
+    others = [p for p in probes if p.state not in (NODE, SILENT) and str(p.address) not in told]
+    others += [p for p in probes if p.state == SILENT and str(p.address) not in absent]
+    nodes = [*missing, *map(report_probe, others)]
     for report in nodes:
         events.report(report)
     nodes += copy_all(copier, targets, events)
@@ -7615,7 +8056,7 @@ def format_node(report: NodeReport) -> list[str]:
     others = f" (also at {', '.join(report.addresses[1:])})" if len(report.addresses) > 1 else ""
     head = f"{report.address}{others}: "
     if report.missing:
-        return [f"{head}does not answer; last seen {format_span(report.missing / 1e9)} ago"]
+        return [f"{head}{show(report.error) or 'does not answer'}; last seen {format_span(report.missing / 1e9)} ago"]
     snapshot = report.snapshot
     if snapshot is None:
         return [f"{head}{show(report.error) or report.state}"]
@@ -7823,6 +8264,69 @@ def format_entry(entry: Entry) -> list[str]:
     ]
 
 
+# ---- systemd units ----
+
+SANDBOX = (  # of both roles; systemd.exec(5)
+    *("NoNewPrivileges=yes", "ProtectSystem=strict", "PrivateDevices=yes", "ProtectKernelTunables=yes"),
+    *("ProtectKernelModules=yes", "ProtectKernelLogs=yes", "ProtectControlGroups=yes", "ProtectClock=yes"),
+    *("ProtectHostname=yes", "ProtectProc=invisible", "ProcSubset=pid", "LockPersonality=yes"),
+    *("RestrictNamespaces=yes", "RestrictRealtime=yes", "RestrictSUIDSGID=yes", "MemoryDenyWriteExecute=yes"),
+    *("RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX", "SystemCallArchitectures=native"),
+    *("SystemCallFilter=@system-service", "SystemCallFilter=~@privileged @resources", "SystemCallErrorNumber=EPERM"),
+    *("UMask=0077", "TasksMax=64", "RemoveIPC=yes", "CacheDirectory=zbackup", "CacheDirectoryMode=0700"),
+)
+ONLINE = ("Wants=network-online.target", "After=network-online.target")
+
+TIMER_UNIT = (
+    "# /etc/systemd/system/zbackup-server.timer, beside what `unit server --once ...` prints",
+    *("[Unit]", "Description=zbackup: the times of the sweeps", ""),
+    *("[Timer]", "OnCalendar=hourly", "RandomizedDelaySec=5min", "Persistent=yes", ""),
+    *("[Install]", "WantedBy=timers.target"),
+)
+
+
+def quote_unit_word(word: str) -> str:
+    """Return a word as ExecStart= of systemd.service(5) takes it."""
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return escaped if re.fullmatch(r"[A-Za-z0-9_./:=@,+%$-]+", escaped) else f'"{escaped}"'
+
+
+def _format_unit(head: Sequence[str], command: Sequence[str], service: Sequence[str], target: str) -> list[str]:
+    start = "ExecStart=" + " ".join(map(quote_unit_word, command))
+    install = ["", "[Install]", f"WantedBy={target}"] if target else []
+    return [*head, *ONLINE, "", "[Service]", start, *service, *SANDBOX, *install]
+
+
+def format_node_unit(command: Sequence[str]) -> list[str]:
+    """Return the unit of a node: it may read all files, and write only its own state."""
+    head = ["# /etc/systemd/system/zbackup-node.service", "[Unit]", "Description=zbackup node"]
+    service = [
+        "Restart=always",
+        "RestartSec=10",
+        "DynamicUser=yes",
+        "StateDirectory=zbackup",
+        "StateDirectoryMode=0700",
+    ]
+    service += ["AmbientCapabilities=CAP_DAC_READ_SEARCH", "CapabilityBoundingSet=CAP_DAC_READ_SEARCH"]
+    service += ["ProtectHome=read-only", "MemoryMax=1G", f"LimitNOFILE={DESCRIPTORS}"]
+    return _format_unit(head, command, service, "multi-user.target")
+
+
+def format_server_unit(command: Sequence[str], store: str, once: bool) -> list[str]:
+    """Return the unit of a server: it may write its store, and has no rights beside."""
+    head = [
+        "# /etc/systemd/system/zbackup-server.service; once before:",
+        "#   useradd --system zbackup",
+        f"#   install -d -m 700 -o zbackup {store}",
+        *("[Unit]", "Description=zbackup server"),
+    ]
+    service = ["Type=oneshot"] if once else ["Restart=always", "RestartSec=60"]
+    service += ["User=zbackup", f"ReadWritePaths={quote_unit_word(store)}", "CapabilityBoundingSet=", "PrivateTmp=yes"]
+    service += ["ProtectHome=yes" if not store.startswith("/home/") else "ProtectHome=tmpfs", "MemoryMax=2G"]
+    service += ["StateDirectory=zbackup", "StateDirectoryMode=0700", "LimitNOFILE=65536"]
+    return _format_unit(head, command, service, "" if once else "multi-user.target")
+
+
 # ==== 13. COMMANDS: flags, signals, the clock; the only chapter that prints ====
 
 EXAMPLES = {
@@ -7837,6 +8341,26 @@ copy what answers at 127.0.0.9 to .12, now and every hour:
 once, from cron, with a word only when something is wrong, and old snapshots removed:
   python zbackup.pyz server --network 192.168.1 --range 9-99 --store /srv/backups --once --quiet \\
     --keep "last 3, daily 7, weekly 5, monthly 12, yearly 3\"""",
+    "key": """\
+print the key; write it as the file that a node looks for:
+  python zbackup.pyz key --store /srv/backups
+  python zbackup.pyz key --store /srv/backups --file zbackup.pub""",
+    "nodes": """\
+who is known, with keys:
+  python zbackup.pyz nodes""",
+    "trust": """\
+the machine was set up anew; another machine has its address; let a machine in before --strict meets it:
+  python zbackup.pyz trust 192.168.1.9
+  python zbackup.pyz trust 192.168.1.9 --new
+  python zbackup.pyz trust laptop 'rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7'""",
+    "forget": """\
+a machine is gone for good; its copies stay:
+  python zbackup.pyz forget 192.168.1.9""",
+    "unit": """\
+a node that serves /home; a server that is started every hour:
+  python zbackup.pyz unit node --file /home > /etc/systemd/system/zbackup-node.service
+  python zbackup.pyz unit server --network 192.168.1 --range 9-99 --store /srv/backups --once --quiet
+  python zbackup.pyz unit timer""",
     "list": """\
 nodes; snapshots of a node; versions of a file; files of a snapshot:
   python zbackup.pyz list
@@ -8191,13 +8715,82 @@ def stopping(stop: threading.Event) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def raise_file_limit() -> None:
-    """Take as many descriptors as this process may: each address asked takes some."""
+def raise_file_limit(most: int = 0) -> None:
+    """Take as many descriptors as this process may, or `most`: each connection takes some."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if most and (hard == resource.RLIM_INFINITY or hard > most):
+            hard = most
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ---- rights: what is not needed is given away before anything else is done ----
+
+PR_SET_KEEPCAPS = 8  # <linux/prctl.h>
+CAPABILITY_VERSION = 0x20080522  # <linux/capability.h>
+READ_ALL, BIND_LOW = 2, 10  # CAP_DAC_READ_SEARCH, CAP_NET_BIND_SERVICE
+
+
+def keep_capabilities(numbers: Iterable[int]) -> bool:
+    """Have these capabilities of Linux and no others, as all threads yet to come will; False where that fails."""
+    import ctypes
+
+    bits = sum(1 << number for number in numbers)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)
+    sets = (ctypes.c_uint32 * 6)(bits, bits, 0, 0, 0, 0)  # effective, permitted, inheritable; then their upper halves
+    capset = getattr(ctypes.CDLL(None, use_errno=True), "capset", None)
+    return capset is not None and capset(header, sets) == 0
+
+
+def find_user(name: str) -> tuple[int, int, str]:
+    """Return the user's number, group and home; UsageError where there is none, or this process may not become it."""
+    import pwd
+
+    try:
+        found = pwd.getpwnam(name)
+    except KeyError:
+        raise UsageError(f"--user: this machine has no user {show(name)}") from None
+    if os.geteuid() not in (0, found.pw_uid):
+        raise UsageError(f"--user {show(name)}: only root can become another user")
+    return found.pw_uid, found.pw_gid, found.pw_dir
+
+
+def give_folder(path: str, user: str) -> None:
+    """Make a folder for `user`, private, below folders that anybody may pass; UsageError where it is another's."""
+    uid, gid, _ = find_user(user)
+    path = os.path.abspath(path)
+    try:
+        if not os.path.lexists(path):
+            os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+            os.mkdir(path, 0o700)
+            os.chown(path, uid, gid)
+        found = os.lstat(path)
+    except OSError as error:
+        raise UsageError(f"{show(path)} cannot be made: {explain(error)}") from None
+    if not stat_bits.S_ISDIR(found.st_mode) or found.st_uid != uid:
+        raise UsageError(f"{show(path)} does not belong to {user}: chown -R {user} {show(path)}")
+
+
+def become_user(name: str, capabilities: Iterable[int] = ()) -> bool:
+    """Give up the rights of root for those of `name`; False where the capabilities could not be kept.
+
+    To be called before there is any thread: capabilities are each thread's own.
+    """
+    import ctypes
+
+    uid, gid, home = find_user(name)
+    os.environ.update(HOME=home, USER=name, LOGNAME=name)
+    if os.geteuid() != 0 or uid == 0:
+        return True
+    wanted = list(capabilities)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    kept = prctl is not None and prctl(PR_SET_KEEPCAPS, int(bool(wanted)), 0, 0, 0) == 0
+    os.initgroups(name, gid)
+    os.setgid(gid)
+    os.setuid(uid)
+    return not wanted or (kept and keep_capabilities(wanted))
 
 
 # ---- the commands ----
@@ -8214,11 +8807,45 @@ def announce_node(node: Node, output: Output) -> None:
     for root in roots:
         if os.path.islink(root.real):
             output.warn(f"{show(root.real)} is a symbolic link: the link alone is copied; name what it points to")
-    who = "any machine, without a key" if settings.insecure else "this machine only"
+    who = f"the server with the key {settings.server_key}; this node's key is {node.pair.public}" if node.pair else ""
+    if not who:
+        local = f"this machine only; for the LAN, `zbackup.pyz key --file {PUBLIC_FILE}` on the server makes a file to"
+        who = "any machine, without a key" if settings.insecure else f"{local} put beside zbackup.pyz here"
     names = ", ".join(show(pattern) for pattern in settings.files)
     output.say(f"serving {names} at {settings.bind}:{settings.port} to {who}")
     if settings.insecure:
         output.warn("--insecure: everyone who can reach this port can read these files")
+
+
+def find_program_folder() -> str:
+    """Return the folder that zbackup.pyz, or zbackup.py, lies in."""
+    return os.path.dirname(os.path.abspath(sys.argv[0]))
+
+
+def make_node_settings(args: argparse.Namespace, host: str) -> NodeSettings:
+    """Return what the flags of `node` say, with the server's key found."""
+    if args.folder and name_folder(args.folder) != args.folder:
+        raise UsageError(f"--folder {show(args.folder)}: letters, digits and . _ - make a folder's name")
+    key = find_public(args.server_key, [find_program_folder(), os.getcwd()])
+    if args.insecure and key:
+        raise UsageError(f"--insecure goes without a server's key: leave out --server-key, or move {PUBLIC_FILE} away")
+    others = ("files", "exclude", "name", "server_key")
+    values = {name: getattr(args, name) for name in vars(NodeSettings()) if name not in others}
+    name, files = args.name or host, tuple(args.file or [FILE])
+    return NodeSettings(files=files, exclude=tuple(args.exclude), name=name, server_key=key, **values)
+
+
+SYSTEM_STATE = "/var/lib/zbackup"  # where a node that root starts as another user keeps its state
+
+
+def leave_root(args: argparse.Namespace, settings: NodeSettings, output: Output) -> NodeSettings:
+    """Become the user that a node is to run as, who can read all files but write only its own."""
+    state = settings.state or (find_state_folder() if os.environ.get("STATE_DIRECTORY") else SYSTEM_STATE)
+    give_folder(state, args.user)
+    wanted = [READ_ALL, *([BIND_LOW] if settings.port < 1024 else [])]
+    if not become_user(args.user, wanted):
+        output.warn(f"this system lets {args.user} keep no right to read all files: only what it may read is copied")
+    return replace(settings, state=state)
 
 
 def run_node(args: argparse.Namespace) -> int:
@@ -8226,13 +8853,12 @@ def run_node(args: argparse.Namespace) -> int:
     import signal
     import socket
 
-    raise_file_limit()
+    raise_file_limit(DESCRIPTORS)
     clock = make_clock()
     output = Output(args, clock)
-    values = {name: getattr(args, name) for name in vars(NodeSettings()) if name not in ("files", "exclude", "name")}
-    settings = NodeSettings(
-        files=tuple(args.file or [FILE]), exclude=tuple(args.exclude), name=args.name or socket.gethostname(), **values
-    )
+    settings = make_node_settings(args, socket.gethostname())
+    if args.user:
+        settings = leave_root(args, settings, output)
     stop = threading.Event()
     with stopping(stop) as caught:
         wire = Wire(clock, stop, settings.heartbeat)
@@ -8300,6 +8926,11 @@ def tell_sweep(report: SweepReport, output: Output) -> None:
         (output.warn if line.startswith("the store: ") else output.say)(line)
 
 
+def find_key_file(store: str) -> str:
+    """Return where a store's key is, unless --key-file names another place."""
+    return os.path.join(store, "keys", "server")
+
+
 def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: Running, output: Output) -> int:
     """Make one sweep and report it; returns its exit code.  A store that fails ends this sweep only."""
     try:
@@ -8307,8 +8938,9 @@ def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: 
     except StoreError as error:
         output.warn(f"zbackup: {error}")
         return error.exit_code
-    wire = Wire(*running, settings.heartbeat)
+    wire: Wire | None = None
     try:
+        wire = Wire(*running, settings.heartbeat, load_pair(settings.key_file or find_key_file(settings.store)))
         store.save_reserve(settings.reserve)
         copier = Copier(store, wire, settings, make_after_pull(settings))
         events = Events(
@@ -8325,7 +8957,8 @@ def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: 
         output.warn(f"zbackup: {error}")
         return error.exit_code
     finally:
-        wire.close()
+        if wire:
+            wire.close()
         store.close()
 
 
@@ -8379,6 +9012,9 @@ def run_server(args: argparse.Namespace) -> int:
     load_zmq()  # before a store is made for nothing
     settings = ServerSettings(**{name: getattr(args, name) for name in vars(ServerSettings())})
     raise_file_limit()
+    if args.user:
+        give_folder(settings.store, args.user)
+        become_user(args.user)
     stop = threading.Event()
     code = 0
     with stopping(stop) as caught:
@@ -8550,6 +9186,94 @@ def run_drill(args: argparse.Namespace) -> int:
         return tell_damage(store) or code
 
 
+def run_key(args: argparse.Namespace) -> int:
+    """Print the server's public key, or write it to a file."""
+    path = args.key_file or find_key_file(args.store)
+    if not args.key_file:
+        make_store_folder(args.store)
+    made = not os.path.lexists(path)
+    pair = load_pair(path)
+    if made:
+        print(f"zbackup: a new key pair; its secret half is in {show(path)}, keep a copy of it", file=sys.stderr)
+    if not args.file:
+        print(pair.public)
+        return 0
+    write_durably(args.file, encode_public(pair.public))
+    os.chmod(args.file, 0o644)
+    print(f"wrote {show(args.file)}: put it beside zbackup.pyz on each machine, and start the node there")
+    return 0
+
+
+def run_trust(args: argparse.Namespace) -> int:
+    """Accept a key."""
+    if args.new and args.key:
+        raise UsageError("--new takes the key that was met in place of the node's; name no other")
+    if args.key and not is_key(args.key):
+        raise UsageError(f"{show(args.key)} is no key: 40 characters, in single quotes")
+    now = make_clock().now()
+    with contextlib.closing(open_command(args)) as store:
+        nodes = {node.folder for node in store.list_nodes()}
+        name = args.node if args.node not in nodes and args.key and not args.new else find_node(store, args.node).name
+        known = trust_newcomer(store, name, now) if args.new else trust_key(store, name, args.key or "", now)
+        print(f"{known.folder} is the node with the key {known.identity}; the next sweep copies it there")
+        return tell_damage(store)
+
+
+def run_forget(args: argparse.Namespace) -> int:
+    """Expect a node no more."""
+    with contextlib.closing(open_command(args)) as store:
+        known = forget_node(store, find_node(store, args.node).name)
+        again = (
+            f"`trust {known.folder} '{known.identity}'` takes it back" if is_key(known.identity) else "it had no key"
+        )
+        print(f"{known.folder} is expected no more; its copies stay; {again}")
+        return tell_damage(store)
+
+
+def list_known(store: Store) -> list[list[str]]:
+    """Return the rows of all nodes that are known, with their keys."""
+    rows = [["NODE", "HOST", "ADDRESSES", "FIRST SEEN", "LAST SEEN", "KEY", "NOTE"]]
+    for node in store.list_nodes():
+        times = [format_time(moment) if moment else "-" for moment in (node.first_seen, node.last_seen)]
+        key = node.identity if is_key(node.identity) else "none"
+        note = f"waits for `trust`: {show(node.offered)}" if node.offered else "" if node.identity else "forgotten"
+        rows.append([node.folder, node.name, " ".join(node.addresses), *times, key, note])
+    return rows
+
+
+def run_nodes(args: argparse.Namespace) -> int:
+    """List who is known."""
+    with contextlib.closing(open_command(args)) as store:
+        print_rows(list_known(store), args.json)
+        return tell_damage(store)
+
+
+def run_unit(args: argparse.Namespace) -> int:
+    """Print a systemd unit."""
+    words = [word for word in args.flags if word != "--"]
+    if args.kind != "timer":
+        role = make_parser().parse_args([args.kind, *words])  # which refuses wrong flags
+        words = [sys.executable, os.path.abspath(sys.argv[0]), args.kind, *words]
+    if args.kind == "node":
+        lines = format_node_unit(words)
+    elif args.kind == "server":
+        lines = format_server_unit(words, os.path.abspath(role.store), role.once)
+    elif words:
+        raise UsageError("unit timer takes no more words; edit OnCalendar= in what it prints")
+    else:
+        lines = list(TIMER_UNIT)
+    print("\n".join(lines))
+    return 0
+
+
+def print_rows(rows: Sequence[Sequence[str]], as_json: bool) -> None:
+    """Print a table whose first row names its columns."""
+    if as_json:
+        print(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
+    else:
+        print("\n".join(format_table(rows)))
+
+
 def list_nodes(store: Store) -> list[list[str]]:
     """Return the rows of all nodes."""
     rows = [["NODE", "HOST", "ADDRESSES", "SNAPSHOTS", "LAST", "GRADE", "FILES", "SIZE"]]
@@ -8649,11 +9373,7 @@ def run_list(args: argparse.Namespace) -> int:
                 rows = list_versions(store, folder, clean_path(args.path))
             else:
                 rows = list_snapshots(folder, store.lost.snapshots.get(folder.name, ()))
-        if args.json:
-            print(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
-        else:
-            for line in format_table(rows):
-                print(line)
+        print_rows(rows, args.json)
         return tell_damage(store)
 
 
@@ -8776,6 +9496,7 @@ COMMON_LIMITS: list[tuple[str, Callable[[str], Any], Any, str]] = [  # of both r
     ("--level", parse_level, LEVEL, "compression level of zstd or zlib"),
     ("--heartbeat", parse_span, HEARTBEAT, "pause between the pings that find a dead peer"),
 ]
+KEY_FILE = ("--key-file", "FILE", "the server's secret key (default: keys/server in the store)")
 LOG_FILE = ("--log-file", "FILE", "append all messages, with their times, to a file")
 
 
@@ -8790,6 +9511,9 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
     add_values(parser, [("--port", parse_port, PORT, "TCP port to listen at")])
     words = [
         ("--name", "NAME", "what reports call this machine (default: its host name)"),
+        ("--server-key", "KEY", f"public key of the server to answer, or its file (default: {PUBLIC_FILE}, if there)"),
+        ("--folder", "NAME", "folder wished for in the store (default: the address first seen)"),
+        ("--user", "NAME", "started by root: run as this user, who can read all files and write none (Linux)"),
         ("--before", "CMD", "shell command run before each copy; if it fails, so does the copy"),
         ("--after", "CMD", "shell command run after each copy, also after one that failed"),
         ("--state", "DIR", "where the identity and frozen copies are kept (default ~/.local/state/zbackup)"),
@@ -8798,7 +9522,7 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
     add_words(parser, words)
     switches = [
         ("--one-file-system", "do not go into other filesystems mounted below a folder"),
-        ("--insecure", "answer any machine, not only this one: all on the network can read the files"),
+        ("--insecure", "without a server's key, answer any machine: all on the network can read the files"),
         ("--quiet", "print problems only"),
     ]
     add_switches(parser, switches)
@@ -8808,6 +9532,7 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
         ("--sessions", parse_count, SESSIONS, "servers served at once"),
         ("--session-timeout", parse_span, SESSION_TIMEOUT, "a server that asks nothing for so long is gone"),
         ("--locked-timeout", parse_span, LOCKED_TIMEOUT, "how long to wait for a locked SQLite database"),
+        ("--handshake-timeout", parse_span, HANDSHAKE_TIMEOUT, "how long a peer may take to prove its key"),
         ("--working-every", parse_span, WORKING_EVERY, "pause between two signs that long work goes on"),
     ]
     add_values(parser.add_argument_group("limits, rarely changed"), limits)
@@ -8835,6 +9560,27 @@ def add_check_flags(parser: argparse.ArgumentParser, switches: Iterable[tuple[st
     """Add the switches of a command that looks at the store, and where its messages go."""
     add_switches(parser, [*switches, ("--quiet", "print problems only")])
     add_words(parser, [LOG_FILE])
+
+
+def add_key_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands of keys and of who is known."""
+    command = add("key", run_key, "Print the server's public key, which nodes are given; make the pair at first use.")
+    add_store_flag(command)
+    add_words(command, [KEY_FILE, ("--file", "FILE", f"write the key there instead, as {PUBLIC_FILE}")])
+    command = add("nodes", run_nodes, "List the nodes that are known: key, addresses, first and last seen.")
+    add_store_flag(command)
+    add_switches(command, [("--json", "print JSON")])
+    command = add("trust", run_trust, "Accept another key for a node, or the key of a node that is yet to come.")
+    add_store_flag(command)
+    command.add_argument("node", metavar="NODE", help=NODE_HELP)
+    command.add_argument("key", nargs="?", metavar="KEY", help="the key (default: the one met in place of the node's)")
+    add_switches(command, [("--new", "who was met there is another machine: it gets a folder of its own")])
+    command = add("forget", run_forget, "Expect a node no more, and know its key no more; its copies stay.")
+    add_store_flag(command)
+    command.add_argument("node", metavar="NODE", help=NODE_HELP)
+    command = add("unit", run_unit, "Print a hardened systemd unit for a role, with the flags that it is to have.")
+    command.add_argument("kind", choices=["node", "server", "timer"], help="what it is for")
+    command.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAG", help="flags of the role")
 
 
 def add_keep_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -8894,6 +9640,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_values(parser, values)
     switches = [
         ("--once", "make one sweep and end with its exit code"),
+        ("--strict", "copy only nodes whose keys are known, see `trust`"),
         ("--checksum", "trust no timestamps: compare the content of all files"),
         ("--quiet", "print problems only"),
         ("--json", "print one JSON object for each sweep"),
@@ -8901,7 +9648,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_switches(parser, switches)
     no_latest = "keep no plain files of the newest version beside the packs"
     parser.add_argument("--no-latest", dest="latest", action="store_false", help=no_latest)
-    add_words(parser, [LOG_FILE])
+    add_words(parser, [KEY_FILE, ("--user", "NAME", "started by root: run as this user, who has the store"), LOG_FILE])
     limits = [
         *COMMON_LIMITS,
         ("--window", parse_size, WINDOW, "bytes asked of a node and not yet received"),
@@ -8912,6 +9659,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         ("--hellos-at-once", parse_count, HELLOS_AT_ONCE, "addresses asked at once"),
         ("--pack-size", parse_size, PACK_SIZE, "size of a pack file"),
         ("--pack-chunks", parse_count, PACK_CHUNKS, "chunks in a pack file at most"),
+        ("--most-files", parse_count, MOST_FILES, "files that one node may list"),
+        ("--most-bytes", parse_size, MOST_BYTES, "bytes that one node may send in one copy"),
+        ("--longest", parse_span, LONGEST, "how long one copy may take; the next one goes on from there"),
     ]
     add_values(parser.add_argument_group("limits, rarely changed"), limits)
 
@@ -8969,6 +9719,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("cat", run_cat, "Write one file of a node to standard output.")
     add_version_flags(command)
     command.add_argument("path", metavar="PATH", help="the file")
+    add_key_commands(add)
     add_keep_commands(add)
     add_check_commands(add)
     return parser
