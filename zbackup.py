@@ -5998,8 +5998,8 @@ def _judge_silence(peer: Peer) -> Probe:
     if CONNECTED in peer.events:
         return Probe(peer.address, STRANGER, None, f"port {peer.address.port} is another service")
     if REFUSED in peer.events:
-        what = "a node without a key can be reached from its own machine only"
-        return Probe(peer.address, STRANGER, None, f"nothing listens at port {peer.address.port}; {what}")
+        hint = "" if is_loopback(peer.address.host) else "; a node without a key is open to its own machine only"
+        return Probe(peer.address, STRANGER, None, f"nothing listens at port {peer.address.port}{hint}")
     return Probe(peer.address, SILENT)
 
 
@@ -7252,8 +7252,10 @@ def report_missing(
             away = now - node.last_seen
             told = min(here, key=lambda found: (REFUSES, STRANGER, SILENT, NODE).index(found.state))
             code = report_probe(told).exit_code or (MISSING if away > stale * 1e9 else 0)
-            report = NodeReport(str(told.address), SILENT, node.addresses, node.folder, missing=away, exit_code=code)
-            reports.append(replace(report, error=told.detail))
+            state = SILENT if told.state == NODE else told.state  # another node has its address, and is told of apart
+            where = tuple(dict.fromkeys((str(told.address), *node.addresses)))
+            report = NodeReport(where[0], state, where, node.folder, error=told.detail, exit_code=code, missing=away)
+            reports.append(report)
     return reports
 
 
@@ -8056,7 +8058,9 @@ def format_node(report: NodeReport) -> list[str]:
     others = f" (also at {', '.join(report.addresses[1:])})" if len(report.addresses) > 1 else ""
     head = f"{report.address}{others}: "
     if report.missing:
-        return [f"{head}{show(report.error) or 'does not answer'}; last seen {format_span(report.missing / 1e9)} ago"]
+        name = "" if report.folder in report.addresses else f"{report.folder}: "
+        what = show(report.error) or "does not answer"
+        return [f"{name}{head}{what}; last seen {format_span(report.missing / 1e9)} ago"]
     snapshot = report.snapshot
     if snapshot is None:
         return [f"{head}{show(report.error) or report.state}"]
@@ -8077,7 +8081,7 @@ def format_node(report: NodeReport) -> list[str]:
 
 def format_sweep(report: SweepReport) -> list[str]:
     """Return the last lines of a sweep: who was there without a node, and the verdict."""
-    strangers = [node for node in report.nodes if node.state == STRANGER]
+    strangers = [node for node in report.nodes if node.state == STRANGER and not node.folder]
     silent = sum(node.state == SILENT and not node.folder for node in report.nodes)
     copied = [node for node in report.nodes if node.snapshot and not node.error]
     good = sum(node.exit_code == 0 for node in copied)
@@ -8909,7 +8913,7 @@ def make_after_pull(settings: ServerSettings) -> AfterPull:
 
 def tell_node(report: NodeReport, output: Output) -> None:
     """Print what became of a node; of other addresses only what is amiss."""
-    if report.state == STRANGER or (report.state == SILENT and not report.folder and not report.error):
+    if not report.folder and (report.state == STRANGER or (report.state == SILENT and not report.error)):
         return  # told in one line at the end
     say = output.warn if report.exit_code and not output.json else output.say
     for line in format_node(report):
