@@ -124,6 +124,7 @@ PAGE_HASH = 16  # bytes of each page's SHA-256: 0.4 % of the content in hashes
 DIGEST = 32  # bytes of a SHA-256
 LIST_SPAN = 1024  # chunks named by one list: 1 GiB of a file, so that memory stays flat
 MOST_SOURCES = 16  # chunks that one patch may draw from before it is written whole again
+PUBLIC_FILE = "zbackup.pub"  # the server's public key, where a node looks for it
 PATH_LIMIT = 32768  # bytes of one path; folders opened one by one may nest beyond PATH_MAX
 FILE_LIMIT = 1 << 46  # bytes of one file: 64 TiB name 65,536 lists, 4 MB in one entry
 ENTRY_LIMIT = 8 << 20  # bytes of one entry's line
@@ -181,7 +182,6 @@ HANDSHAKE_TIMEOUT = 5.0  # s for a peer to prove its key; until then it holds a 
 MOST_FILES = 20_000_000  # entries that one node may list
 MOST_BYTES = 1 << 44  # bytes that one node may send in one copy: 16 TiB take two days at 1 Gbit/s
 LONGEST = 3 * 86400.0  # s that one copy may take; what arrived is kept and the next one goes on from there
-PUBLIC_FILE = "zbackup.pub"  # the server's public key, where a node looks for it
 DRILL_FILES = 20  # files of each node that a drill restores, beside its newest database
 
 
@@ -5281,22 +5281,36 @@ def restore_head(path: str, head: bytes) -> None:
             file.write(head)
 
 
-def _backup(source: str, target: str, origin: sqlite3.Connection) -> None:
+@dataclass(frozen=True)
+class Origin:
+    """A live database: the name that SQLite wants, and the file that the name must lead to."""
+
+    path: str
+    fd: int  # open before SQLite opens it, and longer: closing it drops the locks that this process has on the file
+
+    def count_open(self) -> int:
+        """Return how many descriptors of this process are of the file; 0 where the system does not tell."""
+        wanted, count = os.fstat(self.fd), 0
+        for name in os.listdir("/proc/self/fd") if os.path.exists("/proc/self/fd") else ():
+            with contextlib.suppress(OSError):
+                count += os.path.samestat(os.stat(f"/proc/self/fd/{name}"), wanted)
+        return count
+
+
+def _backup(origin: Origin, target: str, source: sqlite3.Connection) -> None:
     import sqlite3
 
-    # Opened after and closed last: closing it drops the locks that this process has on the source.
-    with open(source, "rb") as plain:
+    try:
+        copy = sqlite3.connect(target, isolation_level=None)
         try:
-            copy = sqlite3.connect(target, isolation_level=None)
-            try:
-                copy.execute("PRAGMA journal_mode = OFF")
-                copy.execute("PRAGMA synchronous = OFF")
-                origin.backup(copy)  # in one step: a writer cannot make it start again
-            finally:
-                copy.close()
-            head = plain.read(DATABASE_HEAD)
+            copy.execute("PRAGMA journal_mode = OFF")
+            copy.execute("PRAGMA synchronous = OFF")
+            source.backup(copy)  # in one step: a writer cannot make it start again
         finally:
-            origin.close()
+            copy.close()
+        head = os.pread(origin.fd, DATABASE_HEAD, 0)
+    finally:
+        source.close()
     restore_head(target, head)
 
 
@@ -5323,16 +5337,23 @@ def check_database(path: str, check: str = "quick_check") -> str:
     return "" if said == "ok" else said
 
 
-def open_database(path: str, way: str, wait: float, clock: Clock) -> sqlite3.Connection:
-    """Return a connection with a read transaction, so that what is committed stays as it is."""
+def open_database(origin: Origin, way: str, wait: float, clock: Clock) -> sqlite3.Connection:
+    """Return a connection with a read transaction, so that what is committed stays as it is.
+
+    SQLite takes a name, and follows a symlink that was put in its place: what it has opened must
+    be the file that we have open.  Raises OSError (ESTALE) where it is not.
+    """
     import sqlite3
 
-    connection = sqlite3.connect(f"{make_uri(path)}?{way}", uri=True, timeout=0, isolation_level=None)
+    before = origin.count_open()
+    connection = sqlite3.connect(f"{make_uri(origin.path)}?{way}", uri=True, timeout=0, isolation_level=None)
     end = clock.monotonic() + wait
     while True:
         try:
             connection.execute("BEGIN")
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if before and origin.count_open() <= before:
+                raise OSError(errno.ESTALE, "replaced while it was opened")
             return connection
         except sqlite3.OperationalError as error:
             if "locked" not in str(error) or clock.monotonic() > end:
@@ -5346,19 +5367,31 @@ def open_database(path: str, way: str, wait: float, clock: Clock) -> sqlite3.Con
             raise
 
 
-def recover_database(source: str, target: str) -> None:
+def _copy_plainly(fd: int, target: str) -> None:
+    at = 0
+    with open(target, "wb") as file:
+        while data := read_range(fd, CHUNK, at):
+            file.write(data)
+            at += len(data)
+
+
+def recover_database(origin: Origin, target: str) -> None:
     """Copy a database that a crash left in the middle of a transaction, and let SQLite mend the copy.
 
     Raises OSError (EBUSY when something changed it meanwhile) or sqlite3.Error.
     """
-    import shutil
     import sqlite3
 
-    before = stat_database(source)
-    for end, found in zip(("", "-wal", "-journal"), before):
+    before = stat_database(origin.path)
+    _copy_plainly(origin.fd, target)
+    for end, found in zip(("-wal", "-journal"), before[1:]):
         if found:
-            shutil.copyfile(source + end, target + end)
-    if before != stat_database(source):
+            fd = os.open(origin.path + end, FILE_FLAGS)
+            try:
+                _copy_plainly(fd, target + end)
+            finally:
+                os.close(fd)
+    if before != stat_database(origin.path):
         raise OSError(errno.EBUSY, "the SQLite database changed while it was copied")
     copy = sqlite3.connect(target, isolation_level=None)
     try:
@@ -5368,7 +5401,7 @@ def recover_database(source: str, target: str) -> None:
         copy.close()
 
 
-def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
+def copy_database(origin: Origin, target: str, wait: float, clock: Clock) -> str:
     """Copy a live SQLite database by its backup API; returns what quick_check finds wrong.
 
     `wait` is how long (s) to wait for a lock.  Raises sqlite3.Error or OSError; all transactions
@@ -5377,23 +5410,23 @@ def copy_database(source: str, target: str, wait: float, clock: Clock) -> str:
     import sqlite3
 
     for _ in range(TRIES):
-        way = choose_way(source)
-        before = stat_database(source)
+        way = choose_way(origin.path)
+        before = stat_database(origin.path)
         try:
             if way:
-                _backup(source, target, open_database(source, way, wait, clock))
+                _backup(origin, target, open_database(origin, way, wait, clock))
             else:
-                recover_database(source, target)
+                recover_database(origin, target)
         except sqlite3.OperationalError as error:
             # A journal to be rolled back, or no right to make the log's index.
             if "readonly" not in str(error) and "unable to open" not in str(error):
                 raise
-            recover_database(source, target)
+            recover_database(origin, target)
         except OSError as error:
-            if error.errno not in (errno.EBUSY, errno.ENOENT) or not os.path.exists(source):
+            if error.errno not in (errno.EBUSY, errno.ENOENT) or not os.path.exists(origin.path):
                 raise
             continue  # its log came or went meanwhile
-        if way != IMMUTABLE or before == stat_database(source):
+        if way != IMMUTABLE or before == stat_database(origin.path):
             return check_database(target)
     raise OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
 
@@ -5537,12 +5570,12 @@ class Files:
                 plain = os.open(name, FILE_FLAGS, dir_fd=folder)
                 try:
                     xattrs = list_xattrs(plain)
+                    wait, clock = self.source.settings.locked_timeout, self.source.clock
+                    found = copy_database(Origin(self._find_name(stat.path, folder, name), plain), target, wait, clock)
+                    if {os.lstat(name, dir_fd=folder).st_ino, os.fstat(plain).st_ino} != {stat.inode}:
+                        raise FileNotFoundError(errno.ENOENT, "replaced while it was copied")
                 finally:
                     os.close(plain)
-                settings, clock = self.source.settings, self.source.clock
-                found = copy_database(self._find_name(stat.path, folder, name), target, settings.locked_timeout, clock)
-                if os.lstat(name, dir_fd=folder).st_ino != stat.inode:  # SQLite takes a name, and follows a symlink
-                    raise FileNotFoundError(errno.ENOENT, "replaced while it was copied")
             note = f"SQLite finds damage in the database: {found}" if found else ""
             fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
             return Handle(stat.path, fd, stat, os.fstat(fd).st_size, "frozen", xattrs, note)
@@ -9190,6 +9223,14 @@ def run_drill(args: argparse.Namespace) -> int:
         return tell_damage(store) or code
 
 
+def print_rows(rows: Sequence[Sequence[str]], as_json: bool) -> None:
+    """Print a table whose first row names its columns."""
+    if as_json:
+        print(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
+    else:
+        print("\n".join(format_table(rows)))
+
+
 def run_key(args: argparse.Namespace) -> int:
     """Print the server's public key, or write it to a file."""
     path = args.key_file or find_key_file(args.store)
@@ -9256,7 +9297,7 @@ def run_unit(args: argparse.Namespace) -> int:
     """Print a systemd unit."""
     words = [word for word in args.flags if word != "--"]
     if args.kind != "timer":
-        role = make_parser().parse_args([args.kind, *words])  # which refuses wrong flags
+        role = args.parser.parse_args([args.kind, *words])  # which refuses wrong flags
         words = [sys.executable, os.path.abspath(sys.argv[0]), args.kind, *words]
     if args.kind == "node":
         lines = format_node_unit(words)
@@ -9268,14 +9309,6 @@ def run_unit(args: argparse.Namespace) -> int:
         lines = list(TIMER_UNIT)
     print("\n".join(lines))
     return 0
-
-
-def print_rows(rows: Sequence[Sequence[str]], as_json: bool) -> None:
-    """Print a table whose first row names its columns."""
-    if as_json:
-        print(json.dumps([dict(zip(rows[0], row)) for row in rows[1:]]))
-    else:
-        print("\n".join(format_table(rows)))
 
 
 def list_nodes(store: Store) -> list[list[str]]:
@@ -9566,8 +9599,8 @@ def add_check_flags(parser: argparse.ArgumentParser, switches: Iterable[tuple[st
     add_words(parser, [LOG_FILE])
 
 
-def add_key_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    """Add the commands of keys and of who is known."""
+def add_key_commands(add: Callable[..., argparse.ArgumentParser], parser: argparse.ArgumentParser) -> None:
+    """Add the commands of keys and of who is known; `parser` reads the flags that a unit is to have."""
     command = add("key", run_key, "Print the server's public key, which nodes are given; make the pair at first use.")
     add_store_flag(command)
     add_words(command, [KEY_FILE, ("--file", "FILE", f"write the key there instead, as {PUBLIC_FILE}")])
@@ -9585,6 +9618,7 @@ def add_key_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("unit", run_unit, "Print a hardened systemd unit for a role, with the flags that it is to have.")
     command.add_argument("kind", choices=["node", "server", "timer"], help="what it is for")
     command.add_argument("flags", nargs=argparse.REMAINDER, metavar="FLAG", help="flags of the role")
+    command.set_defaults(parser=parser)
 
 
 def add_keep_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -9723,7 +9757,7 @@ def make_parser() -> argparse.ArgumentParser:
     command = add("cat", run_cat, "Write one file of a node to standard output.")
     add_version_flags(command)
     command.add_argument("path", metavar="PATH", help="the file")
-    add_key_commands(add)
+    add_key_commands(add, parser)
     add_keep_commands(add)
     add_check_commands(add)
     return parser

@@ -416,15 +416,15 @@ def test_database_deeper_than_sqlite_can_open(tree: Path) -> None:
 
 def test_database_that_changes_beyond_sqlites_reach_is_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_database(tree / "files/bd").close()
-    plain = shutil.copyfile
+    plain, path = zbackup._copy_plainly, str(tree / "files/bd")
 
-    def copy_and_change(source: str, target: str) -> None:
-        plain(source, target)
-        os.utime(source, ns=(1, 1))
+    def copy_and_change(fd: int, target: str) -> None:
+        plain(fd, target)
+        os.utime(path, ns=(1, 1))
 
-    monkeypatch.setattr(shutil, "copyfile", copy_and_change)
-    with pytest.raises(OSError, match="changed while it was copied"):
-        zbackup.recover_database(str(tree / "files/bd"), str(tree / "copy"))
+    monkeypatch.setattr(zbackup, "_copy_plainly", copy_and_change)
+    with open(path, "rb") as file, pytest.raises(OSError, match="changed while it was copied"):
+        zbackup.recover_database(zbackup.Origin(path, file.fileno()), str(tree / "copy"))
 
 
 def test_frozen_copies_leave_nothing_in_the_spool(tree: Path) -> None:
