@@ -8328,40 +8328,48 @@ def quote_unit_word(word: str) -> str:
     return escaped if re.fullmatch(r"[A-Za-z0-9_./:=@,+%$-]+", escaped) else f'"{escaped}"'
 
 
-def _format_unit(head: Sequence[str], command: Sequence[str], service: Sequence[str], target: str) -> list[str]:
-    start = "ExecStart=" + " ".join(map(quote_unit_word, command))
+@dataclass(frozen=True)
+class Service:
+    """What a unit starts, and where."""
+
+    command: tuple[str, ...]
+    folder: str  # where relative names start
+    store: str = ""  # of a server
+    once: bool = False  # a server that a timer starts
+
+
+def _format_unit(service: Service, head: Sequence[str], rules: Sequence[str], target: str) -> list[str]:
+    start = "ExecStart=" + " ".join(map(quote_unit_word, service.command))
+    place = f"WorkingDirectory={service.folder.replace('%', '%%')}"
     install = ["", "[Install]", f"WantedBy={target}"] if target else []
-    return [*head, *ONLINE, "", "[Service]", start, *service, *SANDBOX, *install]
+    return [*head, *ONLINE, "", "[Service]", start, place, *rules, *SANDBOX, *install]
 
 
-def format_node_unit(command: Sequence[str]) -> list[str]:
+def format_node_unit(service: Service) -> list[str]:
     """Return the unit of a node: it may read all files, and write only its own state."""
     head = ["# /etc/systemd/system/zbackup-node.service", "[Unit]", "Description=zbackup node"]
-    service = [
-        "Restart=always",
-        "RestartSec=10",
-        "DynamicUser=yes",
-        "StateDirectory=zbackup",
-        "StateDirectoryMode=0700",
-    ]
-    service += ["AmbientCapabilities=CAP_DAC_READ_SEARCH", "CapabilityBoundingSet=CAP_DAC_READ_SEARCH"]
-    service += ["ProtectHome=read-only", "MemoryMax=1G", f"LimitNOFILE={DESCRIPTORS}"]
-    return _format_unit(head, command, service, "multi-user.target")
+    rules = ["Restart=always", "RestartSec=10", "DynamicUser=yes", "StateDirectory=zbackup", "StateDirectoryMode=0700"]
+    rules += ["AmbientCapabilities=CAP_DAC_READ_SEARCH", "CapabilityBoundingSet=CAP_DAC_READ_SEARCH"]
+    rules += ["ProtectHome=read-only", "MemoryMax=1G", f"LimitNOFILE={DESCRIPTORS}"]
+    return _format_unit(service, head, rules, "multi-user.target")
 
 
-def format_server_unit(command: Sequence[str], store: str, once: bool) -> list[str]:
+def format_server_unit(service: Service) -> list[str]:
     """Return the unit of a server: it may write its store, and has no rights beside."""
     head = [
         "# /etc/systemd/system/zbackup-server.service; once before:",
         "#   useradd --system zbackup",
-        f"#   install -d -m 700 -o zbackup {store}",
+        f"#   install -d -m 700 -o zbackup {service.store}",
         *("[Unit]", "Description=zbackup server"),
     ]
-    service = ["Type=oneshot"] if once else ["Restart=always", "RestartSec=60"]
-    service += ["User=zbackup", f"ReadWritePaths={quote_unit_word(store)}", "CapabilityBoundingSet=", "PrivateTmp=yes"]
-    service += ["ProtectHome=yes" if not store.startswith("/home/") else "ProtectHome=tmpfs", "MemoryMax=2G"]
-    service += ["StateDirectory=zbackup", "StateDirectoryMode=0700", "LimitNOFILE=65536"]
-    return _format_unit(head, command, service, "" if once else "multi-user.target")
+    at_home = any(
+        path.startswith(("/home/", "/root/")) for path in (service.store, f"{service.folder}/", *service.command)
+    )
+    rules = ["Type=oneshot"] if service.once else ["Restart=always", "RestartSec=60"]
+    rules += ["User=zbackup", f"ReadWritePaths={quote_unit_word(service.store)}", "CapabilityBoundingSet="]
+    rules += [f"ProtectHome={'read-only' if at_home else 'yes'}", "PrivateTmp=yes", "PrivateUsers=yes", "MemoryMax=2G"]
+    rules += ["StateDirectory=zbackup", "StateDirectoryMode=0700", "LimitNOFILE=65536"]
+    return _format_unit(service, head, rules, "" if service.once else "multi-user.target")
 
 
 # ==== 13. COMMANDS: flags, signals, the clock; the only chapter that prints ====
@@ -9296,17 +9304,17 @@ def run_nodes(args: argparse.Namespace) -> int:
 def run_unit(args: argparse.Namespace) -> int:
     """Print a systemd unit."""
     words = [word for word in args.flags if word != "--"]
-    if args.kind != "timer":
-        role = args.parser.parse_args([args.kind, *words])  # which refuses wrong flags
-        words = [sys.executable, os.path.abspath(sys.argv[0]), args.kind, *words]
-    if args.kind == "node":
-        lines = format_node_unit(words)
-    elif args.kind == "server":
-        lines = format_server_unit(words, os.path.abspath(role.store), role.once)
-    elif words:
-        raise UsageError("unit timer takes no more words; edit OnCalendar= in what it prints")
-    else:
+    if args.kind == "timer":
+        if words:
+            raise UsageError("unit timer takes no more words; edit OnCalendar= in what it prints")
         lines = list(TIMER_UNIT)
+    else:
+        role = args.parser.parse_args([args.kind, *words])  # which refuses wrong flags
+        command = (sys.executable, os.path.abspath(sys.argv[0]), args.kind, *words)
+        if args.kind == "node":
+            lines = format_node_unit(Service(command, os.getcwd()))
+        else:
+            lines = format_server_unit(Service(command, os.getcwd(), os.path.abspath(role.store), role.once))
     print("\n".join(lines))
     return 0
 
