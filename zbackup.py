@@ -38,6 +38,7 @@ On disk (the formats stand in RECORDS):
     backups/zbackup.json                      the store's format, id and required features
     backups/lock                              shared to write, exclusive to delete
     backups/index.sqlite                      rebuilt from the packs when lost
+    backups/keys/server                       the secret key; nodes have its public half
     backups/reserve                           given back when the disk is full
     backups/verified.json, drill.json         when each pack was read, each node drilled
     backups/damage/                           packs known lost or damaged; what is lost for good
@@ -51,9 +52,12 @@ On disk (the formats stand in RECORDS):
     backups/127.0.0.9/latest.json             which snapshot `latest` shows
 
 On the wire, each message is two frames, a JSON head and a binary body; the
-server (DEALER) asks, the node (ROUTER) answers in the order of the questions:
+server (DEALER) asks, the node (ROUTER) answers in the order of the questions.
+The server's connecting socket is the CURVE server, the node's bound one its
+client: so a node needs the server's public key, and the server learns the
+node's, which is who it is, in the handshake.
 
-    HELLO  version and codecs      ->  version, identity, name, roots
+    HELLO  version and codecs      ->  version, identity, name, wish for a folder, roots
     OPEN   codec                   ->  roots that are missing, what --before said
     LIST                           ->  the next entries, sorted by path
     READ   files, chunks, hashes   ->  for each: same, patch, whole or zeros
@@ -2179,8 +2183,9 @@ i-th 4096 bytes.
 Every .json file here ends in a member "sha256": the SHA-256 of all bytes of the file before the
 comma that leads to it.
 
-index.sqlite can be deleted: it is made again from the packs.  reserve holds nothing: it is given
-back when the disk is full.  <machine>/trash has snapshots that were removed (NAME~WHEN.json);
+index.sqlite can be deleted: it is made again from the packs.  keys/server is the server's secret
+key, whose public half the machines have.  reserve holds nothing: it is given back when the disk is
+full.  <machine>/trash has snapshots that were removed (NAME~WHEN.json);
 aside/ has what `repair` found damaged and moved out of the way.
 """
 
@@ -4836,6 +4841,9 @@ DATABASE_MAGIC = b"SQLite format 3\0"
 DATABASE_HEAD = 100  # bytes of the header, https://www.sqlite.org/fileformat.html#the_database_header
 COMPANIONS = (b"-wal", b"-shm", b"-journal")  # of a database; its frozen copy holds what they held
 ZEROS = bytes(CHUNK)
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)  # of what was deleted, moved or replaced
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # a flood of connections has them; it passes
+PATIENCE = 6  # tries, each after twice the pause of the last: more than --handshake-timeout in all
 KIND_OF = {bits: kind for kind, bits in KIND_BITS.items()}
 
 
@@ -5167,7 +5175,9 @@ class Source:
                     return whole and is_database_head(os.read(file, DATABASE_HEAD))
                 finally:
                     os.close(file)
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_DESCRIPTORS:
+                raise  # a database must not pass for a plain file
             return False
 
     def look_at_database(self, stat: Stat, fd: int, name: bytes) -> Stat:
@@ -5185,7 +5195,7 @@ class Source:
         return replace(stat, database=True, wal=(wal.st_size, wal.st_mtime_ns), fresh=stat.fresh or young)
 
 
-def _look(source: Source, path: bytes) -> tuple[Stat | None, list[bytes]]:
+def _look(source: Source, path: bytes, tries: int = PATIENCE) -> tuple[Stat | None, list[bytes]]:
     """Return a path's Stat and, for a folder to go into, the names in it."""
     stat = None
     try:
@@ -5200,6 +5210,9 @@ def _look(source: Source, path: bytes) -> tuple[Stat | None, list[bytes]]:
             return replace(stat, error=f"what it holds has paths too long for a snapshot ({PATH_LIMIT} bytes)"), []
         return stat, sorted(map(os.fsencode, os.listdir(fd)))
     except OSError as error:
+        if error.errno in NO_DESCRIPTORS and tries:
+            source.clock.sleep(PAUSE * 2 ** (PATIENCE - tries))
+            return _look(source, path, tries - 1)
         if error.errno == errno.ENOENT or not path:
             return None, []
         return replace(stat or Stat(path, "file"), error=explain(error)), []
@@ -5600,16 +5613,18 @@ class Files:
                 return {"status": "lost"}, []
             return self._read(ask, handle)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE):
+            if error.errno in GONE:
                 # Still there where it was replaced, or where the log of a database went away.
                 return {"status": "later" if self._is_there(ask.path) else "gone"}, []
+            if error.errno in NO_DESCRIPTORS:
+                return {"status": "later"}, []
             return {"status": "error", "error": explain(error)}, []
 
     def _is_there(self, path: bytes) -> bool:
         try:
             self._look(path)
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno not in GONE
         return True
 
     def _read(self, ask: Ask, handle: Handle) -> tuple[dict[str, Any], list[memoryview]]:

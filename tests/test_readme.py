@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,10 +76,23 @@ def test_readme_first_backup_works_as_written(place: Path) -> None:
         assert "127.0.0.9/20" in run(script["prune"], place)
         assert len(list((place / "backups/127.0.0.9/snapshots").iterdir())) == 2
         assert "verify: all is well" in run(script["verify"], place)
+        assert "none" in run(script["nodes"], place)
+        assert "wrote zbackup.pub" in run(script["key"], place)
     finally:
         node.terminate()
         code = node.wait(10)
     assert code == 0
+
+
+def test_readme_units_are_what_systemd_takes(place: Path) -> None:
+    run(blocks()["unit"], place)
+    units = sorted(path.name for path in place.iterdir() if path.suffix in (".service", ".timer"))
+    assert units == ["zbackup-node.service", "zbackup-server.service", "zbackup-server.timer"]
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("no systemd-analyze on this machine")
+    for name in units:
+        done = subprocess.run(["systemd-analyze", "verify", f"./{name}"], cwd=place, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_readme_first_command_works_as_written(place: Path) -> None:
