@@ -1747,7 +1747,7 @@ class Wire:
         self.pair = pair
         self.context: zmq.Context[zmq.Socket[bytes]] = self.zmq.Context()
         self.context.set(self.zmq.MAX_SOCKETS, MOST_SOCKETS)
-        self._doorkeeper: Doorkeeper | None = None
+        self._doorkeeper = Doorkeeper(self.context) if pair else None
 
     def socket(self, kind: int) -> zmq.Socket[bytes]:
         """Return a socket with the settings that all of ours have."""
@@ -1773,8 +1773,6 @@ class Wire:
         """
         if self.pair is None:
             raise BackupError("there is no key pair to meet nodes with")
-        if self._doorkeeper is None:
-            self._doorkeeper = Doorkeeper(self.context)
         socket.setsockopt(self.zmq.CURVE_SERVER, 1)
         socket.setsockopt(self.zmq.CURVE_SECRETKEY, self.pair.secret.encode("ascii"))
 
