@@ -101,12 +101,19 @@ class Daemon:
 
     def __init__(self, command: Sequence[str], cwd: Path, env: dict[str, str]) -> None:
         self.log = cwd / f"process-{time.monotonic_ns()}.log"
+        self.asked = False  # to stop
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log)
 
     @property
     def output(self) -> str:
         return self.log.read_text()
+
+    def ask_to_stop(self) -> None:
+        """Send one SIGTERM: a second one would end a zbackup process at once."""
+        if not self.asked and self.process.poll() is None:
+            self.asked = True
+            self.process.terminate()
 
     def wait(self, timeout: float) -> int:
         """Return the exit code; fails the test when the process does not end in time."""
@@ -123,10 +130,9 @@ class Daemon:
             assert time.monotonic() < end, f"{word!r} was not said within {timeout} s: {self.output}"
             time.sleep(0.02)
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal; returns the exit code."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
+    def stop(self) -> int:
+        """End the process, whether it wants or not; returns its exit code."""
+        self.ask_to_stop()
         try:
             return self.process.wait(10)
         except subprocess.TimeoutExpired:
@@ -328,8 +334,7 @@ class Lan:
             if helper.process.poll() is not None:
                 errors.append(RuntimeError(f"a helper of the test failed: {helper.output}"))
         for process in self.processes:
-            if process.process.poll() is None:
-                process.process.terminate()
+            process.ask_to_stop()
         for process in self.processes:
             try:
                 process.stop()
