@@ -60,7 +60,7 @@ def find_obstacle() -> str:
         try:
             call("ip", "-n", name, "link", "add", "bridge0", "type", "bridge")
             call("ip", "-n", name, "link", "add", "one", "type", "veth", "peer", "name", "two")
-            call("ip", "netns", "exec", name, sys.executable, str(HERE), "plain", "one")
+            call("ip", "netns", "exec", name, sys.executable, str(HERE), "probe", "one")
         finally:
             call("ip", "netns", "del", name)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -193,6 +193,8 @@ class Host:
         """Lose a share of the frames and delay the rest (s), both ways; returns by what, netem or a relay."""
         ends = [(self.lan.space, self.port), (self.space, "eth0")]
         netem = ["root", "netem", "loss", f"{100 * loss:g}%", "delay", f"{1000 * delay:g}ms"]
+        with contextlib.suppress(OSError):  # netem would lose, and count as one, what TCP hands over in one piece
+            self.call("ip", "link", "set", "eth0", "gso_max_segs", "1")
         try:
             for space, device in ends:
                 call("ip", "netns", "exec", space, "tc", "qdisc", "add", "dev", device, *netem)
@@ -449,6 +451,9 @@ def main(words: Sequence[str]) -> None:
         run_relay(rest[:2], float(rest[2]), float(rest[3]), int(rest[4]))
     elif program == "plain":
         turn_plain(rest[0])
+    elif program == "probe":
+        turn_plain(rest[0])
+        open_device(rest[0], ALL).close()
     else:
         raise SystemExit(f"no program {program}")
 

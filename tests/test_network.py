@@ -148,7 +148,7 @@ def test_bad_line_beside_good_ones(lan: Lan) -> None:
         check_latest(server, host.address, host)
     lost, passed = bad.count_frames()
     print(f"lost {lost} of {lost + passed} frames")
-    assert lost + passed > 200 and 0.2 < lost / (lost + passed) < 0.4
+    assert lost > 20 and 0.1 < lost / (lost + passed) < 0.5
 
 
 # ---- a cable ----
