@@ -147,6 +147,8 @@ RECORD_LIMIT = 64 << 20  # bytes of one record of a pack, before memory is taken
 UNREAD_LIMIT = 16  # messages that a server lets libzmq take in before it looks at them; the rest waits in the kernel
 UNREAD_QUESTIONS = 40  # the same for a node: what a server has in flight is below it
 WORKING_LIMIT = 100  # of "still working" in answer to one question, and as many again in each second
+ASKED_AT_ONCE = 512  # silent addresses in NEIGHBOUR_TIME, whatever --timeout says: half of the kernel's table
+NEIGHBOUR_TIME = 3.2  # s that a silent address keeps its place in the kernel's table
 DESCRIPTORS = 8192  # that a node uses at most: half-open connections take 10 KB of memory each
 
 # What decides in KEEP.
@@ -160,7 +162,7 @@ PORT = 4545
 STORE = "backups"
 FILE = "files/bd"
 EVERY = 3600.0  # s between the starts of two sweeps
-HELLO_TIMEOUT = 1.0  # s; a LAN answers in milliseconds
+HELLO_TIMEOUT = 1.5  # s; a LAN answers in milliseconds, but TCP asks again after 1 s where a packet was lost
 ANSWER_TIMEOUT = 30.0  # s without any sign of a node that owes a reply
 FREEZE_TIMEOUT = 3600.0  # s that one request may take while the node says "still working"
 HELLOS_AT_ONCE = 256  # silent addresses each hold one of the kernel's 1,024 neighbour entries
@@ -1953,6 +1955,40 @@ class Peer:
         while self.monitor.poll(0):
             event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
             self.events.append(names.get(event, FOREIGN if value == CRYPTOGRAPHIC else FAILED))
+
+
+def find_refusing(addresses: Sequence[Address], wait: float) -> set[Address]:
+    """Return the addresses whose machine refuses a connection within `wait` (s).
+
+    libzmq tells of a failed connection, but not whether somebody refused it or nobody is there.
+    """
+    import select
+    import socket
+
+    poll = select.poll()
+    waiting: dict[int, tuple[socket.socket, Address]] = {}
+    refusing: set[Address] = set()
+    try:
+        for address in addresses:
+            plain = socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET, socket.SOCK_STREAM)
+            waiting[plain.fileno()] = plain, address
+            plain.setblocking(False)
+            if plain.connect_ex((address.host, address.port)) == errno.ECONNREFUSED:
+                refusing.add(address)
+            else:
+                poll.register(plain, select.POLLOUT)
+        ready = poll.poll(wait * 1000) if waiting else []
+        while ready:
+            for fd, _ in ready:
+                plain, address = waiting[fd]
+                poll.unregister(fd)
+                if plain.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNREFUSED:
+                    refusing.add(address)
+            ready = poll.poll(wait * 1000)
+        return refusing
+    finally:
+        for plain, _ in waiting.values():
+            plain.close()
 
 
 def say_hello() -> dict[str, Any]:
@@ -6019,6 +6055,7 @@ STRANGER = "no node"  # the machine is there, a node is not
 REFUSES = "refuses"  # a node that trusts another server, has another key than it had, or speaks another protocol
 NODE = "node"
 UNSURE = "unsure"  # it hung up on a handshake with keys: it may be a node without one
+CLOSED = "closed"  # the connection failed: a machine refused it, or none is there
 
 
 @dataclass(frozen=True)
@@ -6043,10 +6080,7 @@ def _judge_silence(peer: Peer) -> Probe:
         return Probe(peer.address, STRANGER, None, "a ZeroMQ service that is no node")
     if CONNECTED in peer.events:
         return Probe(peer.address, STRANGER, None, f"port {peer.address.port} is another service")
-    if REFUSED in peer.events:
-        hint = "" if is_loopback(peer.address.host) else "; a node without a key is open to its own machine only"
-        return Probe(peer.address, STRANGER, None, f"nothing listens at port {peer.address.port}{hint}")
-    return Probe(peer.address, SILENT)
+    return Probe(peer.address, CLOSED if REFUSED in peer.events else SILENT)
 
 
 def _read_hello(peer: Peer) -> Probe | None:
@@ -6092,19 +6126,39 @@ def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float, key: 
             peer.close()
 
 
-def probe(wire: Wire, addresses: Sequence[Address], settings: ServerSettings) -> list[Probe]:
-    """Ask all addresses at once, within the limit of hellos in flight; in the order given.
+def _settle(wire: Wire, group: Sequence[Probe], timeout: float) -> Iterator[Probe]:
+    """Yield the probes of a group, those that hung up asked again without keys, failed connections looked into."""
+    unsure = [found.address for found in group if found.state == UNSURE]
+    plain = {found.address: found for found in _probe_group(wire, unsure, timeout, None)}
+    settled = [plain.get(found.address, found) for found in group]
+    refusing = find_refusing([found.address for found in settled if found.state == CLOSED], min(timeout, 0.5))
+    for found in settled:
+        if found.address in refusing:
+            hint = "" if is_loopback(found.address.host) else "; a node without a key is open to its own machine only"
+            yield Probe(found.address, STRANGER, None, f"nothing listens at port {found.address.port}{hint}")
+        else:
+            yield replace(found, state=SILENT) if found.state == CLOSED else found
 
-    Those that hang up on a handshake with keys are asked again without.
-    """
+
+def _rest(wire: Wire, end: float) -> None:
+    clock = wire.clock
+    while clock.monotonic() < end:
+        wire.check()
+        clock.sleep(max(0.0, min(SLICE / 1000, end - clock.monotonic())))
+
+
+def probe(wire: Wire, addresses: Sequence[Address], settings: ServerSettings) -> list[Probe]:
+    """Ask all addresses, within the limits of hellos in flight and of the kernel's neighbours; in the order given."""
     found: list[Probe] = []
     most = min(settings.hellos_at_once, wire.peers_at_once())
     key = "" if wire.pair else None
+    free_at = 0.0
     for start in range(0, len(addresses), most):
-        group = _probe_group(wire, addresses[start : start + most], settings.timeout, key)
-        unsure = [probed.address for probed in group if probed.state == UNSURE]
-        plain = {probed.address: probed for probed in _probe_group(wire, unsure, settings.timeout, None)}
-        found += [plain.get(probed.address, probed) for probed in group]
+        group = addresses[start : start + most]
+        _rest(wire, free_at)
+        distant = sum(not is_loopback(address.host) for address in group)
+        free_at = wire.clock.monotonic() + NEIGHBOUR_TIME * distant / ASKED_AT_ONCE
+        found += _settle(wire, _probe_group(wire, group, settings.timeout, key), settings.timeout)
     return found
 
 
@@ -7305,6 +7359,22 @@ def report_missing(
     return reports
 
 
+def probe_all(
+    wire: Wire, addresses: Sequence[Address], known: Sequence[Known], settings: ServerSettings
+) -> list[Probe]:
+    """Return what each address answered; where a known node should be, it is asked twice at need.
+
+    The known ones come first, before strange machines fill the kernel's table of neighbours.
+    """
+    expected = {address for node in known for address in node.addresses}
+    ordered = sorted(addresses, key=lambda address: str(address) not in expected)
+    found = {probed.address: probed for probed in probe(wire, ordered, settings)}
+    doubtful = [probed.address for probed in found.values() if probed.state in (SILENT, STRANGER)]
+    again = [address for address in doubtful if str(address) in expected]
+    found.update((probed.address, probed) for probed in probe(wire, again, settings))
+    return [found[address] for address in addresses]
+
+
 def copy_all(copier: Copier, targets: Sequence[Target], events: Events) -> list[NodeReport]:
     """Copy the targets in threads; each report is passed on as it is ready."""
     import queue
@@ -7337,13 +7407,7 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
     started = wire.clock.now()
     execute_leftovers(plan_leftovers(store))
     known = store.list_nodes()
-    probes = probe(wire, addresses, settings)
-    expected = {address for node in known for address in node.addresses}
-    doubtful = [found for found in probes if found.state in (SILENT, STRANGER)]
-    again = [found.address for found in doubtful if str(found.address) in expected]
-    if again:  # a known node is worth a second question
-        second = {found.address: found for found in probe(wire, again, settings)}
-        probes = [second.get(found.address, found) for found in probes]
+    probes = probe_all(wire, addresses, known, settings)
     targets, refused = plan_targets(probes, known, settings.strict)
     for name, key in list_offers(refused).items():
         store.node(name).save_known(replace(store.load_known(name), offered=key))

@@ -259,7 +259,7 @@ class Host:
 
     def server_flags(self, *arguments: str) -> list[str]:
         """Return the flags of one sweep; the arguments name its addresses."""
-        return ["server", "--once", "--json", *arguments]
+        return ["server", "--once", "--json", "--key-file", str(self.lan.key_file), *arguments]
 
     def sweep(self, *arguments: str, code: int | None = 0, timeout: float = 120) -> dict[str, Any]:
         """Make one sweep; returns its JSON report, and how long it took (s)."""
@@ -281,6 +281,8 @@ class Lan:
         self.helpers: list[Daemon] = []  # those of the processes that are programs of this file
         self.space = self.name_space("switch")
         self._numbers = itertools.count(1)
+        self.key_file = path / "keys/server"
+        self.key = call(sys.executable, str(PROGRAM), "key", "--key-file", str(self.key_file)).strip()
         remove_leftovers()
         try:
             call("ip", "netns", "add", self.space)
@@ -302,7 +304,7 @@ class Lan:
 
     def node_flags(self) -> list[str]:
         """Return what lets a node answer the server of this Lan."""
-        return ["--insecure"]
+        return ["--server-key", self.key]
 
     def host(self, name: str, address: str = "") -> Host:
         """Add a machine; `address` is the end of 10.77.x.y, as "0.9"."""

@@ -290,15 +290,16 @@ def test_address_taken_by_another_machine(lan: Lan) -> None:
     owner.unplug()
     newcomer.move("10.77.0.9")
     newcomer.node("--margin", "0s")
-    report = server.sweep(*where, code=None)
-    said = json.dumps(report)
-    assert report["exit_code"] in (0, 1) and ("another node" in said or "trust" in said), said
+    report = server.sweep(*where, code=1)
+    row = find_row(report, "10.77.0.9")
+    assert (row["address"], row["state"]) == ("10.77.0.9", "refuses")
+    assert "`zbackup.pyz trust 10.77.0.9 --new`" in row["error"]
     assert read_history(server, "10.77.0.9") == before
 
     owner.move("10.77.0.30")
     owner.plug()
     (owner.files / "later").write_text("later")
-    report = server.sweep(*where, code=None)
+    report = server.sweep(*where)  # the newcomer gets a folder of its own now
     row = find_row(report, "10.77.0.9")
     assert row["address"] == "10.77.0.30" and row["snapshot"]["changed"] == 1 and row["snapshot"]["sent"] < 10_000
     after = read_history(server, "10.77.0.9")
@@ -332,8 +333,21 @@ def watching_neighbours() -> Iterator[list[int]]:
         thread.join()
 
 
+def test_addresses_without_a_machine_are_silent(lan: Lan) -> None:
+    """Also when the kernel has given up on them, which libzmq tells as it tells of a refusal."""
+    server, refusing = lan.host("server", "0.1"), lan.host("refusing", "0.9")
+    report = server.sweep("--network", "10.77.0", "--range", "9,20-22", "--timeout", "4s", code=5)
+    states = {row["address"]: row["state"] for row in report["nodes"]}
+    assert states.pop(refusing.address) == "no node"
+    assert states == {f"10.77.0.{number}": "silent" for number in (20, 21, 22)}
+    server.call("ip", "link", "set", "eth0", "down")
+    report = server.sweep("--network", "10.77.0", "--range", "9,20", code=5)
+    assert [row["state"] for row in report["nodes"]] == ["silent", "silent"]
+
+
 @pytest.mark.alone
-def test_nodes_among_a_thousand_silent_addresses(lan: Lan) -> None:
+@pytest.mark.parametrize("flags", [(), ("--timeout", "300ms")], ids=["default", "impatient"])
+def test_nodes_among_a_thousand_silent_addresses(lan: Lan, flags: tuple[str, ...]) -> None:
     """Each silent address holds a place in the neighbour table, of 1,024 by default, which all namespaces share."""
     server = lan.host("server", "0.1")
     hosts = [lan.host(f"node{number}", address) for number, address in enumerate(["0.9", "1.100", "2.200", "3.250"])]
@@ -343,7 +357,7 @@ def test_nodes_among_a_thousand_silent_addresses(lan: Lan) -> None:
     lan.hole("hole", [f"10.77.0.{number}" for number in range(64, 192)])
     before = read_neighbours()
     with watching_neighbours() as seen:
-        report = server.sweep("--network", "10.77.0.0/22")
+        report = server.sweep("--network", "10.77.0.0/22", *flags)
     after = read_neighbours()
     counts = {name: after[name] - before[name] for name in after if name in ("allocs", "res_failed", "table_fulls")}
     print(f"{report['seconds']:.1f} s, {max(seen, default=0)} neighbours at most, {counts}")
@@ -351,6 +365,6 @@ def test_nodes_among_a_thousand_silent_addresses(lan: Lan) -> None:
     assert [row["state"] for row in report["nodes"]].count("silent") == 1017
     assert report["seconds"] < 60
     if before and before["entries"] < 64:
-        assert max(seen) > 500 and counts["table_fulls"] == 0, (max(seen), counts)
+        assert max(seen) > 250 and counts["table_fulls"] == 0, (max(seen), counts)
     for host in hosts:
         check_latest(server, host.address, host)
