@@ -1569,7 +1569,8 @@ def load_pair(path: str) -> KeyPair:
         finally:
             os.close(fd)
     except OSError as error:
-        raise BackupError(f"the key {show(path)} can be neither read nor made: {explain(error)}") from None
+        kind = FullStore if error.errno in (errno.ENOSPC, errno.EDQUOT) else BackupError
+        raise kind(f"the key {show(path)} can be neither read nor made: {explain(error)}") from None
     if not is_key(secret):
         raise BackupError(f"{show(path)} holds no secret key; restore it, or remove it, and a new one is made")
     return KeyPair(zmq.curve_public(secret.encode("ascii")).decode("ascii"), secret)
