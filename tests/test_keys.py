@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any, Callable
 
 import pytest
 import zmq
-from conftest import PROGRAM, World, find_free_port
+from conftest import PROGRAM, World, find_free_port, uncovered
 
 import zbackup as z
 
@@ -436,13 +437,19 @@ def read_node(world: World, address: str = "127.0.0.9") -> tuple[str, Path]:
     return told[1], world.path / f"state/zbackup/node-{address}-{world.port}/key"
 
 
-@pytest.mark.parametrize("given", ["KEY", "FILE", "here", "program"])
-def test_node_finds_the_servers_key(world: World, given: str) -> None:
-    key = world.key()
-    (world.path / "some.key").write_text(key)
+def copy_program(world: World) -> Path:
+    """Return a copy of the program in a folder of its own; coverage would miss its source at the end."""
     program = world.path / "tool/zbackup.py"
     program.parent.mkdir()
     shutil.copy(PROGRAM, program)
+    world.env = uncovered(world.env)
+    return program
+
+
+@pytest.mark.parametrize("given", ["KEY", "FILE", "here", "program"])
+def test_node_finds_the_servers_key(world: World, given: str) -> None:
+    key, program = world.key(), copy_program(world)
+    (world.path / "some.key").write_text(key)
     if given in ("here", "program"):
         where = world.path if given == "here" else program.parent
         (where / "zbackup.pub").write_bytes(z.encode_public(key))
@@ -457,9 +464,7 @@ def test_node_finds_the_servers_key(world: World, given: str) -> None:
 
 
 def test_node_takes_the_key_beside_the_program_before_that_of_the_folder(world: World) -> None:
-    program = world.path / "tool/zbackup.py"
-    program.parent.mkdir()
-    shutil.copy(PROGRAM, program)
+    program = copy_program(world)
     (world.path / "zbackup.pub").write_bytes(z.encode_public(KEY))
     (program.parent / "zbackup.pub").write_bytes(z.encode_public(world.key()))
     node = world.node(program=program)
@@ -534,6 +539,11 @@ def test_node_keeps_its_key(world: World) -> None:
 )
 def test_is_loopback(address: str, expected: bool) -> None:
     assert z.is_loopback(address) is expected
+
+
+def test_loopback_where_the_system_cannot_bind_to_an_interface(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(socket, "SO_BINDTODEVICE", raising=False)
+    assert z.can_bind_to_loopback() is False
 
 
 def test_socket_needs_a_pair_for_keys() -> None:

@@ -53,7 +53,7 @@ def find_python() -> str:
 
 
 @pytest.fixture
-def world() -> Iterator[World]:
+def shared() -> Iterator[World]:
     """A world that other users can look into, and in which they can write nothing; without coverage's files."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
@@ -67,10 +67,12 @@ def world() -> Iterator[World]:
         made.close()
 
 
-def run_as_other(world: World, *arguments: str, code: int, **options: Any) -> subprocess.CompletedProcess[str]:
+def run_as_other(shared: World, *arguments: str, code: int, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command with a Python that other users can run."""
-    command = [find_python(), str(world.path / "zbackup.py"), *arguments]
-    done = subprocess.run(command, cwd=world.path, env=world.env, capture_output=True, text=True, timeout=60, **options)
+    command = [find_python(), str(shared.path / "zbackup.py"), *arguments]
+    done = subprocess.run(
+        command, cwd=shared.path, env=shared.env, capture_output=True, text=True, timeout=60, **options
+    )
     assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done
 
@@ -98,54 +100,54 @@ def check_rights(pid: int, capabilities: int, least: int = 3) -> None:
 # ---- a node ----
 
 
-def start_node(world: World, *flags: str) -> Process:
-    return world.node("--user", USER, "--state", "state/node", "--server-key", world.key(), *flags)
+def start_node(shared: World, *flags: str) -> Process:
+    return shared.node("--user", USER, "--state", "state/node", "--server-key", shared.key(), *flags)
 
 
 @root_only
-def test_user_of_a_node_reads_all_and_is_nobody_else(world: World) -> None:
-    (world.path / "open").mkdir()
-    (world.path / "open").chmod(0o777)
+def test_user_of_a_node_reads_all_and_is_nobody_else(shared: World) -> None:
+    (shared.path / "open").mkdir()
+    (shared.path / "open").chmod(0o777)
     hook = "! touch files/made; grep -h Cap /proc/self/status > open/rights; sleep 2"
-    node = start_node(world, "--before", hook)
+    node = start_node(shared, "--before", hook)
     check_rights(node.pid, 1 << 2)
-    server = world.server("--json")
-    wait_until((world.path / "open/rights").exists)
+    server = shared.server("--json")
+    wait_until((shared.path / "open/rights").exists)
     check_rights(node.pid, 1 << 2, 4)  # the thread of the copy, too
     assert server.process.wait(30) == 0, server.output
-    assert (world.restore() / "files/secret").read_text() == "for root alone"
-    assert os.listdir(world.files) == ["secret"]
-    rights = dict(line.split() for line in (world.path / "open/rights").read_text().splitlines())
+    assert (shared.restore() / "files/secret").read_text() == "for root alone"
+    assert os.listdir(shared.files) == ["secret"]
+    rights = dict(line.split() for line in (shared.path / "open/rights").read_text().splitlines())
     assert int(rights["CapEff:"], 16) == int(rights["CapPrm:"], 16) == 0  # its hooks may do less
-    assert (world.path / "open/rights").stat().st_uid == UID
+    assert (shared.path / "open/rights").stat().st_uid == UID
 
 
 @root_only
-def test_user_of_a_node_has_its_key_and_keeps_it(world: World) -> None:
+def test_user_of_a_node_has_its_key_and_keeps_it(shared: World) -> None:
     told = []
     for _ in range(2):
-        node = start_node(world)
+        node = start_node(shared)
         told.append(re.findall(r"this node's key is (\S+)", node.output))
         assert node.stop() == 0
     assert told[0] == told[1] != []
-    state = world.path / "state/node"
+    state = shared.path / "state/node"
     modes = {str(path.relative_to(state)): path.lstat() for path in (state, *state.rglob("*"))}
     assert {found.st_uid for found in modes.values()} == {UID}
     assert {stat.S_IMODE(found.st_mode) & 0o077 for found in modes.values() if stat.S_ISDIR(found.st_mode)} == {0}
-    assert stat.S_IMODE(modes[f"node-{FOLDER}-{world.port}/key"].st_mode) == 0o600
-    assert (world.path / "state").stat().st_uid == os.geteuid()  # what leads there is not given away
+    assert stat.S_IMODE(modes[f"node-{FOLDER}-{shared.port}/key"].st_mode) == 0o600
+    assert (shared.path / "state").stat().st_uid == os.geteuid()  # what leads there is not given away
 
 
 @root_only
-def test_user_of_a_node_at_a_low_port(world: World) -> None:
+def test_user_of_a_node_at_a_low_port(shared: World) -> None:
     for port in range(1023, 500, -1):
         with socket.socket() as probe:
             if probe.connect_ex((FOLDER, port)):
                 break
-    world.port = port
-    node = start_node(world)
+    shared.port = port
+    node = start_node(shared)
     check_rights(node.pid, 1 << 2 | 1 << 10)
-    assert world.sweep()["nodes"][0]["snapshot"]["grade"] == "stable"
+    assert shared.sweep()["nodes"][0]["snapshot"]["grade"] == "stable"
 
 
 @root_only
@@ -167,21 +169,21 @@ def test_user_of_a_node_without_a_state_folder_named(tmp_path: Path, monkeypatch
 WITHOUT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 2, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def start_without_the_right(world: World) -> subprocess.Popen[str]:
+def start_without_the_right(shared: World) -> subprocess.Popen[str]:
     """Start a node from a root that may not read all files itself, as in a container."""
-    arguments = ["node", "--user", USER, "--state", "state", "--bind", FOLDER, "--port", str(world.port)]
+    arguments = ["node", "--user", USER, "--state", "state", "--bind", FOLDER, "--port", str(shared.port)]
     command = [sys.executable, "-c", WITHOUT, find_python(), "zbackup.py", *arguments, "--file", "files"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=world.path, env=world.env, **pipes)
+    return subprocess.Popen(command, cwd=shared.path, env=shared.env, **pipes)
 
 
 @root_only
-def test_user_of_a_node_where_the_right_cannot_be_kept(world: World) -> None:
-    world.files.chmod(0o755)
-    with start_without_the_right(world) as node:
+def test_user_of_a_node_where_the_right_cannot_be_kept(shared: World) -> None:
+    shared.files.chmod(0o755)
+    with start_without_the_right(shared) as node:
         assert node.stdout
         said = [node.stdout.readline() for _ in range(2)]
-        row = world.sweep(code=1)["nodes"][0]
+        row = shared.sweep(code=1)["nodes"][0]
         node.terminate()
     assert said[0] == f"this system lets {USER} keep no right to read all files: only what it may read is copied\n"
     assert said[1].startswith("serving files at ")
@@ -190,8 +192,8 @@ def test_user_of_a_node_where_the_right_cannot_be_kept(world: World) -> None:
 
 @root_only
 @pytest.mark.xfail(strict=True, reason="where one capability cannot be kept, all others stay permitted")
-def test_user_of_a_node_where_the_right_cannot_be_kept_keeps_no_other(world: World) -> None:
-    with start_without_the_right(world) as node:
+def test_user_of_a_node_where_the_right_cannot_be_kept_keeps_no_other(shared: World) -> None:
+    with start_without_the_right(shared) as node:
         assert node.stdout and node.stdout.readline() and node.stdout.readline()
         threads = read_threads(node.pid)
         node.terminate()
@@ -241,31 +243,39 @@ def test_capabilities_where_libc_has_none(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @root_only
-def test_user_of_a_server_owns_the_store_and_has_no_rights(world: World) -> None:
-    world.key()
-    flags = ["--port", str(world.port), "--range", "9", "--user", USER, "--store", "srv/backups"]
-    said = run_as_other(world, "server", "--once", *flags, "--store", "backups", code=2).stderr
-    command = f"chown -R {USER} {world.store}"
-    assert said == f"zbackup: {world.store} does not belong to {USER}: {command}\n"
+def test_user_of_a_server_owns_the_store_and_has_no_rights(shared: World) -> None:
+    shared.key()
+    flags = ["--port", str(shared.port), "--range", "9", "--user", USER, "--store", "srv/backups"]
+    said = run_as_other(shared, "server", "--once", *flags, "--store", "backups", code=2).stderr
+    command = f"chown -R {USER} {shared.store}"
+    assert said == f"zbackup: {shared.store} does not belong to {USER}: {command}\n"
     subprocess.run(shlex.split(command), check=True)
-    world.node("--server-key", world.key())
-    run_as_other(world, "server", "--once", *flags, "--store", "backups", code=0)
-    assert {path.lstat().st_uid for path in (world.store, *world.store.rglob("*"))} == {UID}
-    assert (world.store / FOLDER / "latest/files/secret").read_text() == "for root alone"
+    shared.node("--server-key", shared.key())
+    run_as_other(shared, "server", "--once", *flags, "--store", "backups", code=0)
+    assert {path.lstat().st_uid for path in (shared.store, *shared.store.rglob("*"))} == {UID}
+    assert (shared.store / FOLDER / "latest/files/secret").read_text() == "for root alone"
     # A store that is yet to be made, and a server that goes on.
-    log = open(world.path / "server.log", "wb")
+    log = open(shared.path / "server.log", "wb")
     with (
         log,
         subprocess.Popen(
-            [find_python(), "zbackup.py", "server", *flags], cwd=world.path, env=world.env, stdout=log, stderr=log
+            [find_python(), "zbackup.py", "server", *flags], cwd=shared.path, env=shared.env, stdout=log, stderr=log
         ) as server,
     ):
-        wait_until(lambda: "sweep of" in (world.path / "server.log").read_text(), what="a sweep")
+        wait_until(lambda: "sweep of" in (shared.path / "server.log").read_text(), what="a sweep")
         check_rights(server.pid, 0, 1)
         server.terminate()
-    modes = {path: path.lstat() for path in (world.path / "srv/backups", *(world.path / "srv/backups").rglob("*"))}
+    modes = {path: path.lstat() for path in (shared.path / "srv/backups", *(shared.path / "srv/backups").rglob("*"))}
     assert {(found.st_uid, found.st_mode & 0o077) for found in modes.values()} == {(UID, 0)}
     assert len(modes) > 5
+
+
+@root_only
+def test_user_that_one_is_already(world: World) -> None:
+    (world.files / "a").write_text("a")
+    world.node("--user", "root", "--state", "new/state")
+    assert world.sweep("--user", "root", "--store", "srv/backups")["nodes"][0]["snapshot"]["grade"] == "stable"
+    assert [(world.path / name).stat().st_mode & 0o777 for name in ("new/state", "srv/backups")] == [0o700, 0o700]
 
 
 # ---- what is refused ----
@@ -294,8 +304,9 @@ def test_user_whose_folder_is_anothers(world: World, role: str, what: str) -> No
 
 @root_only
 def test_user_whose_folder_cannot_be_made(world: World) -> None:
-    done = world.run("node", "--user", USER, "--state", "files/secret/state", "--file", "files", code=2)
-    assert done.stderr == f"zbackup: {world.files}/secret/state cannot be made: File exists\n"
+    (world.path / "file").touch()
+    done = world.run("node", "--user", USER, "--state", "file/state", "--file", "files", code=2)
+    assert done.stderr == f"zbackup: {world.path}/file/state cannot be made: File exists\n"
 
 
 @pytest.mark.parametrize("role", [["node", "--file", "files"], ["server", "--once", "--range", "9"]])
@@ -307,9 +318,9 @@ def test_user_that_does_not_exist(world: World, role: list[str], name: str) -> N
 
 
 @root_only
-def test_user_that_only_root_can_become(world: World) -> None:
-    arguments = ["node", "--file", "files", "--port", str(world.port), "--user", "root", "--state", "s"]
-    done = run_as_other(world, *arguments, code=2, preexec_fn=become_nobody)
+def test_user_that_only_root_can_become(shared: World) -> None:
+    arguments = ["node", "--file", "files", "--port", str(shared.port), "--user", "root", "--state", "s"]
+    done = run_as_other(shared, *arguments, code=2, preexec_fn=become_nobody)
     assert done.stderr == "zbackup: --user root: only root can become another user\n"
     os.seteuid(UID)
     try:
