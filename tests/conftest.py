@@ -42,11 +42,11 @@ def wait_until(condition: Any, timeout: float = 20.0, what: str = "the condition
 class Process:
     """A zbackup process in the background."""
 
-    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> None:
+    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str], program: Path = PROGRAM) -> None:
         self.log = cwd / f"process-{time.monotonic_ns()}.log"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM), *arguments], cwd=cwd, env=env, stdout=log, stderr=log
+                [sys.executable, str(program), *arguments], cwd=cwd, env=env, stdout=log, stderr=log
             )
 
     @property
@@ -98,17 +98,30 @@ class World:
             assert done.returncode == code, f"exit code {done.returncode}, not {code}: {said}"
         return done
 
-    def node(self, *arguments: str, address: str = "127.0.0.9", wait: bool = True) -> Process:
+    def node(self, *arguments: str, address: str = "127.0.0.9", wait: bool = True, program: Path = PROGRAM) -> Process:
         """Start a node and wait until it serves."""
         flags = ["node", "--bind", address, "--port", str(self.port), *arguments]
         if "--file" not in arguments:
             flags += ["--file", "files"]
-        node = Process(flags, self.path, self.env)
+        node = Process(flags, self.path, self.env, program)
         self.nodes.append(node)
         if wait:
             wait_until(lambda: "serving" in node.output or node.process.poll() is not None, what="the node")
             assert node.process.poll() is None, node.output
         return node
+
+    def key(self, *arguments: str) -> str:
+        """Return the public key of the server, made at need; with arguments what `key` prints with them."""
+        path = self.store / "keys/server"
+        if arguments or not path.exists():
+            return self.run("key", *arguments).stdout.strip()
+        import zbackup
+
+        return zbackup.load_pair(str(path)).public
+
+    def keyed(self, *arguments: str, address: str = "127.0.0.9") -> Process:
+        """Start a node that answers this world's server alone."""
+        return self.node("--server-key", self.key(), *arguments, address=address)
 
     def server_flags(self, *arguments: str) -> list[str]:
         """Return the flags of one sweep over 127.0.0.9 unless the arguments name addresses."""
@@ -127,6 +140,14 @@ class World:
         server = Process(self.server_flags(*arguments), self.path, self.env)
         self.nodes.append(server)
         return server
+
+    def known(self) -> list[dict[str, str]]:
+        """Return the rows of `nodes`, without a process of its own."""
+        import zbackup
+
+        with contextlib.closing(zbackup.open_store(str(self.store))) as store:
+            head, *rows = zbackup.list_known(store)
+        return [dict(zip(head, row)) for row in rows]
 
     def listed(self, *arguments: str) -> list[dict[str, str]]:
         """Return the rows of `list`."""

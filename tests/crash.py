@@ -306,7 +306,7 @@ class Disk:
         if store in found:
             for name, blob in zip(INDEX, choice.index(self.index)):
                 if blob is not None:
-                    found[os.path.join(store, name)] = Look(-1, "file", blob, 0o644, None)
+                    found[os.path.join(store, name)] = Look(-1, "file", blob, 0o600, None)
         return found
 
 
@@ -321,7 +321,7 @@ def write_tree(tree: dict[str, Look], target: Path) -> None:
     for path, look in tree.items():
         there = os.path.join(target, path)
         if look.kind == "folder":
-            os.mkdir(there)
+            os.mkdir(there, 0o700)  # as the program makes all of them
         elif look.kind == "link":
             os.symlink(os.fsdecode(look.data), there)
         elif look.inode >= 0 and look.inode in first:

@@ -771,6 +771,18 @@ def hello_seeds() -> Iterator[bytes]:
     yield join_frames(heads)
     refusal = {"code": "refused", "message": "the node answers only its own machine"}
     yield join_frames([heads[0], z.encode_message(z.ERROR, 1, refusal)[0]])
+    wishes = ["laptop", "LAPTOP", "packs", "10.0.0.7", "../up", "", "laptop"]
+    many = [{"identity": f"{i:032x}", "folder": wish, "instance": f"{i % 3}"} for i, wish in enumerate(wishes)]
+    yield join_frames([z.encode_message(z.HELLO, 1, {**fields, **more})[0] for more in many])
+
+
+HELLO_KEYS = (None, "a" * 40, "c" * 40, "d" * 40, "b" * 40, "a" * 40)  # as handshakes proved them, in turn
+HELLO_KNOWN = [
+    z.Known("10.0.0.1", "1" * 32, "", ("10.0.0.1:4546",)),
+    z.Known("10.0.0.2", "f" * 32),
+    z.Known("laptop", "a" * 40, "", ("10.0.0.2:4547",)),
+    z.Known("Desk", "b" * 40, "", ("10.0.0.3:4548", "10.0.0.6:4551"), offered="c" * 40),
+]
 
 
 @target(hello_seeds, split_frames, join_frames)
@@ -779,14 +791,58 @@ def hello(data: bytes) -> None:
     probes = []
     for number, head in enumerate(split_frames(data)[:20]):
         with ours():
-            found = z.decode_hello(message_of(head))
+            found = z.decode_hello(message_of(head), HELLO_KEYS[number % len(HELLO_KEYS)])
             probes.append(z.Probe(z.Address(f"10.0.0.{number % 9}", 4545 + number), z.NODE, found))
-    known = [z.Known("10.0.0.1", "1" * 32, "", ("10.0.0.1",)), z.Known("10.0.0.2", "f" * 32)]
-    targets, clones = z.plan_targets(probes, known)
+    for strict in (False, True):
+        check_plan(probes, strict)
+
+
+def check_plan(probes: list[z.Probe], strict: bool) -> None:
+    """Fail where a plan mixes nodes up, or forgets one."""
+    targets, refused = z.plan_targets(probes, HELLO_KNOWN, strict)
     folders = [one.folder for one in targets]
-    assert len(set(folders)) == len(folders), "two nodes in one folder"
-    assert not [name for name in folders if "/" in name or name.startswith(".") or name in z.RESERVED]
-    assert sum(len(one.addresses) for one in targets) + len(clones) == len(probes)
+    formers = [one.hello.former for one in targets if one.hello.former]
+    assert len({name.lower() for name in folders}) == len(folders) or len(set(formers)) < len(formers), "mixed up"
+    assert not [name for name in folders if "/" in name or name.startswith(".") or name.lower() in z.RESERVED]
+    identities = {one.hello.identity for one in targets}
+    turned_away = {one.hello.identity for one in refused if one.hello}
+    answers = [one.hello.identity for one in probes if one.hello]
+    assert identities | turned_away == set(answers), "somebody is forgotten"
+    told = [one.hello.identity for one in refused if one.hello and one.hello.identity in identities]
+    assert sum(len(one.addresses) for one in targets) + len(told) == sum(one in identities for one in answers)
+    pins = {node.folder: node.identity for node in HELLO_KNOWN if z.is_key(node.identity)}
+    assert [one for one in targets if pins.get(one.folder, one.hello.identity) != one.hello.identity] == []
+    assert not strict or all(map(z.is_key, identities)), "who has no key was taken"
+    offers = z.list_offers(refused)
+    assert offers.keys() <= pins.keys() and not set(offers.values()) & set(pins.values())
+
+
+# ---- keys in files ----
+
+
+def key_seeds() -> Iterator[bytes]:
+    secret = "JTKVSB%%)wK0E.X)V>+}o?pNmC{O&4W4b!Ni{Lh6"
+    yield secret.encode() + b"\n"
+    yield z.encode_public("rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7")
+    yield b"# a note\n\n" + b"a" * 40
+
+
+@target(key_seeds)
+def key(data: bytes) -> None:
+    """Files that should hold a key, and identities."""
+    folder = Path(tempfile.mkdtemp(dir=workplace()))
+    (folder / "key").write_bytes(data)
+    (folder / "key").chmod(0o600)
+    (folder / z.PUBLIC_FILE).write_bytes(data)
+    with ours(z.load_zmq().ZMQError):  # until is_key refuses what is no number in base 85
+        pair = z.load_pair(str(folder / "key"))
+        assert z.is_key(pair.public) and pair.secret.encode() == data[:100].strip()
+    with ours():
+        found = z.find_public("", [str(folder)])
+        assert z.is_key(found) and found.encode() in data
+        assert z.load_public(str(folder / z.PUBLIC_FILE)) == found
+    assert (folder / "key").read_bytes() == data
+    shutil.rmtree(folder)
 
 
 # ---- answers to READ ----

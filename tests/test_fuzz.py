@@ -168,7 +168,7 @@ def test_large_questions_that_wait_take_bounded_memory(world: World) -> None:
     """A peer asks much while the node cannot answer yet; nobody asked it who it is."""
     node = world.node("--before", "sleep 60")
     zmq = z.load_zmq()
-    head = b'{"kind":"LIST","number":2,"x":[%s{}]}' % (b"{}," * (z.HEAD_LIMIT // 3 - 100))
+    head = b'{"kind":"LIST","number":2,"x":[%s{}]}' % (b"{}," * (z.QUESTION_LIMIT // 3 - 100))
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(f"tcp://127.0.0.9:{world.port}")

