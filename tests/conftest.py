@@ -110,6 +110,14 @@ class World:
             assert node.process.poll() is None, node.output
         return node
 
+    def key(self, *arguments: str) -> str:
+        """Return the public key of the server, made at need."""
+        return self.run("key", *arguments).stdout.strip()
+
+    def keyed(self, *arguments: str, address: str = "127.0.0.9") -> Process:
+        """Start a node that answers this world's server alone."""
+        return self.node("--server-key", self.key(), *arguments, address=address)
+
     def server_flags(self, *arguments: str) -> list[str]:
         """Return the flags of one sweep over 127.0.0.9 unless the arguments name addresses."""
         where = [] if {"--range", "--host", "--network"} & set(arguments) else ["--range", "9"]
