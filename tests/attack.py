@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import zmq
 from conftest import Process, World
 from test_sweep import Answer, FakeNode
 
