@@ -379,6 +379,25 @@ def test_captured_server_asks_and_never_reads(captured: Captured) -> None:
     check_honest(captured.world, captured.node)
 
 
+HEAVY = "lists in a message's head take 20 to 60 times its bytes"
+
+
+@pytest.mark.xfail(strict=True, reason=HEAVY)
+def test_captured_server_asks_heavy_questions(captured: Captured) -> None:
+    """As many copies as a node serves at once, with questions that wait behind a slow --before."""
+    captured.node.stop()
+    node = captured.world.keyed("--before", "sleep 4")
+    lists = b",".join([b"[]"] * 300_000)
+    for number in range(zbackup.SESSIONS):
+        client = captured.connect()
+        client.send(OPEN, server=f"{number}")
+        for question in range(8):
+            client.socket.send_multipart([b'{"kind":"LIST","number":%d,"x":[%s]}' % (question, lists), b""])
+    wait_until(lambda: client.socket.poll(0), 30, "a sign of work for the last")
+    time.sleep(1)
+    assert read_memory(node.pid) < 300 * MIB
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_conversation_played_again_gets_nothing(world: World, role: str) -> None:
     node = make_nodes(world)[role]
@@ -679,7 +698,7 @@ NESTED = b"[" * 900 + b"]" * 900
         {"LIST": fill(b"[]")},
         pytest.param(
             {"LIST": fill(NESTED)},
-            marks=pytest.mark.xfail(strict=True, reason="lists in lists in a head take 60 times its bytes"),
+            marks=pytest.mark.xfail(strict=True, reason=HEAVY),
         ),
         {"LIST": pack(zbackup.ZSTD, 2 * MIB, 500 * MIB)},
         {"LIST": lambda *_: listing(*[b"{}"] * (2 * MIB // 3))},
@@ -692,6 +711,33 @@ def test_memory_of_a_server_under_one_hostile_node(world: World, answers: dict[s
         done = sweep_watched(world, "--range", "20", *IMPATIENT)
     assert done.row("127.0.0.20")["exit_code"] == 1
     assert done.memory < 200 * MIB, f"{done.memory / MIB:.0f} MiB"
+
+
+LASTING = ["hangs up at READ", "mute at OPEN", "answer again", "10,000 frames", "bomb of zstd, large", "wrong digest"]
+
+
+def test_server_that_meets_hostile_nodes_day_by_day(world: World) -> None:
+    """What one sweep leaves behind would grow from sweep to sweep."""
+    make_nodes(world)
+    flags = ("--range", "9-10,20-25", "--every", "2s", *IMPATIENT)
+    with contextlib.ExitStack() as held:
+        for number, name in enumerate(LASTING):
+            held.enter_context(HostileNode(f"127.0.0.{20 + number}", world.port, world.key(), **HOSTILE[name][0]))
+        server = Process([flag for flag in world.server_flags(*flags) if flag != "--once"], world.path, world.env)
+        world.nodes.append(server)
+
+        def wait_for(sweeps: int) -> tuple[int, int]:
+            wait_until(lambda: server.output.count("sweep of ") >= sweeps, 60, "the next sweep")
+            time.sleep(0.5)
+            return count_descriptors(server), read_memory(server.pid)
+
+        descriptors, memory = wait_for(2)
+        most = wait_for(4)[1]
+        wait_until(lambda: count_descriptors(server) <= descriptors + 3, 30, "as few as after the second sweep")
+        assert most < min(memory + 20 * MIB, 200 * MIB)
+        assert server.stop() == 0
+    assert "Traceback" not in server.output
+    assert len(list_snapshots(world, KEYED_AT)) >= 4
 
 
 # ---- the server: bytes that are no conversation ----
