@@ -46,7 +46,9 @@ def make_item(data: bytes, inode: int = 1) -> dict[str, Any]:
 class FakeNode(threading.Thread):
     """A node written anew: honest, but where `answers` has something else to say for a kind of question."""
 
-    def __init__(self, address: str, port: int, files: dict[str, bytes] | None = None, **answers: Any) -> None:
+    def __init__(
+        self, address: str, port: int, files: dict[str, bytes] | None = None, server: str = "", **answers: Any
+    ) -> None:
         super().__init__(daemon=True)
         self.files = {"a": b"honest"} if files is None else files
         self.answers: dict[str, Callable[[FakeNode, dict[str, Any], bytes], Answer]] = answers
@@ -57,6 +59,9 @@ class FakeNode(threading.Thread):
         self.context = zmq.Context()
         self.router = self.context.socket(zmq.ROUTER)
         self.router.setsockopt(zmq.LINGER, 0)
+        if server:
+            self.router.curve_serverkey = server.encode()
+            self.router.curve_publickey, self.router.curve_secretkey = zmq.curve_keypair()
         self.router.bind(f"tcp://{address}:{port}")
 
     def __enter__(self) -> FakeNode:

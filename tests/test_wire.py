@@ -381,12 +381,17 @@ def test_missing_pyzmq_said_in_one_sentence(world: World) -> None:
 
 
 class Client:
-    """A server that may send anything."""
+    """A server that may send anything; has a secret key and claims a routing id where they are given."""
 
-    def __init__(self, world: World, address: str = "127.0.0.9") -> None:
+    def __init__(self, world: World, address: str = "127.0.0.9", secret: str = "", name: bytes = b"") -> None:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
+        if secret:
+            self.socket.curve_server = 1
+            self.socket.curve_secretkey = secret.encode()
+        if name:
+            self.socket.routing_id = name
         self.socket.connect(f"tcp://{address}:{world.port}")
         self.number = 0
 
