@@ -1553,6 +1553,7 @@ class Wire:
 
     def __init__(self, clock: Clock, stop: threading.Event, heartbeat: float = HEARTBEAT) -> None:
         self.zmq = load_zmq()
+        load_zstd()  # at once: from a .pyz that was replaced meanwhile, nothing can be loaded
         self.clock = clock
         self.stop = stop
         self.heartbeat = heartbeat
@@ -1782,7 +1783,7 @@ class Request:
 class Listener:
     """The node's bound socket, and the way by which sessions' threads answer through it."""
 
-    def __init__(self, wire: Wire, endpoints: Sequence[str]) -> None:
+    def __init__(self, wire: Wire, endpoints: Sequence[str], say: Callable[[str], None]) -> None:
         self.wire = wire
         zmq = wire.zmq
         self.router = wire.socket(zmq.ROUTER)
@@ -1793,25 +1794,37 @@ class Listener:
         for socket in (self.router, self.answers):
             self.poller.register(socket, zmq.POLLIN)
         for endpoint in endpoints:
-            self._bind(endpoint)
+            self._bind(endpoint, say)
 
-    def _bind(self, endpoint: str) -> None:
+    def _bind(self, endpoint: str, say: Callable[[str], None]) -> None:
+        """Listen at an endpoint; where its address is not there yet, as before the network is up, wait for it."""
         zmq = self.wire.zmq
-        try:
+        told = False
+        while True:
             try:
-                self.router.bind(endpoint)
+                return self._try_to_bind(endpoint)
             except zmq.ZMQError as error:
-                if error.errno not in (errno.EAFNOSUPPORT, errno.EINVAL):
-                    raise
-                self.router.setsockopt(zmq.IPV6, 0)  # a kernel without IPv6
-                self.router.bind(endpoint)
-        except zmq.ZMQError as error:
-            if error.errno == errno.EADDRINUSE:
-                port = endpoint.rpartition(":")[2]
-                raise BackupError(
-                    f"port {port} is in use on this machine, perhaps by another node; choose one with --port"
-                ) from None
-            raise UsageError(f"cannot listen at {endpoint}: {error.strerror}; see --bind and --port") from None
+                if error.errno == errno.EADDRINUSE:
+                    port = endpoint.rpartition(":")[2]
+                    raise BackupError(
+                        f"port {port} is in use on this machine, perhaps by another node; choose one with --port"
+                    ) from None
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise UsageError(f"cannot listen at {endpoint}: {error.strerror}; see --bind and --port") from None
+            if not told:
+                say(f"this machine does not have the address of {endpoint}, see --bind; waiting until it has")
+            told = True
+            self.wire.clock.sleep(SLICE / 1000)
+            self.wire.check()
+
+    def _try_to_bind(self, endpoint: str) -> None:
+        try:
+            self.router.bind(endpoint)
+        except self.wire.zmq.ZMQError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EINVAL):
+                raise
+            self.router.setsockopt(self.wire.zmq.IPV6, 0)  # a kernel without IPv6
+            self.router.bind(endpoint)
 
     def receive(self, milliseconds: int) -> Request | None:
         """Pass on what sessions answered; return the next question if one comes in time.
@@ -5564,7 +5577,7 @@ class Node:
         self._lock = self._lock_state()
         self.instance = os.urandom(8).hex()  # tells this process from a clone of the machine
         host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
-        self.listener = Listener(wire, [f"tcp://{host}:{settings.port}"])
+        self.listener = Listener(wire, [f"tcp://{host}:{settings.port}"], say)
         spool = Spool(os.path.join(self.state, "spool"))
         self.home = Home(settings, wire, self.listener, spool, base, say)
         self._sessions: dict[bytes, Session] = {}

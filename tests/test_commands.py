@@ -8,10 +8,13 @@ import os
 import pty
 import re
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable
 
@@ -723,9 +726,49 @@ def test_node_port_taken(world: World) -> None:
     assert f"port {world.port} is in use on this machine" in done.stderr and "--port" in done.stderr
 
 
-def test_node_bind_to_no_address_of_ours(world: World) -> None:
-    done = world.run("node", "--bind", "203.0.113.9", "--port", str(world.port), "--file", "files", code=2)
-    assert "cannot listen at tcp://203.0.113.9" in done.stderr and "--bind" in done.stderr
+def test_node_bind_to_what_is_no_address(world: World) -> None:
+    done = world.run("node", "--bind", "no-such-host.invalid", "--port", str(world.port), "--file", "files", code=2)
+    assert "cannot listen at tcp://no-such-host.invalid" in done.stderr and "--bind" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_node_waits_for_its_address_until_stopped(world: World, number: int, code: int) -> None:
+    node = world.node(address="203.0.113.9", wait=False)
+    wait_until(lambda: node.output, what="the line")
+    time.sleep(0.5)
+    began = time.monotonic()
+    assert node.stop(number) == code
+    assert time.monotonic() - began < 1
+    told = f"this machine does not have the address of tcp://203.0.113.9:{world.port}, see --bind; waiting until it has"
+    assert node.output.splitlines() == [told, "stopped"]
+
+
+def in_own_network(command: Sequence[str]) -> list[str]:
+    """Return a command run in a network of its own, with loopback alone; skips the test where there can be none."""
+    own = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if not shutil.which("unshare") or not shutil.which("ip") or subprocess.run([*own, "true"]).returncode:
+        pytest.skip("no network namespace of its own can be made here: needs root, unshare and ip")
+    return [*own, *command]
+
+
+def test_node_waits_for_its_address_until_it_is_there(world: World) -> None:
+    (world.files / "a").write_text("a")
+    program = f"{shlex.quote(sys.executable)} {shlex.quote(str(PROGRAM))}"
+    script = f"""
+{program} node --bind 203.0.113.9 --file files --insecure &
+while ! grep -q waiting log; do sleep 0.05; done
+ip address add 203.0.113.9/32 dev lo
+while ! grep -q serving log; do sleep 0.05; done
+{program} server --host 203.0.113.9 --once
+code=$?
+kill $!
+wait $! && exit $code"""
+    with open(world.path / "log", "w") as log:
+        command = in_own_network(["sh", "-c", script])
+        done = subprocess.run(command, cwd=world.path, env=world.env, stdout=log, stderr=log, timeout=30)
+    said = (world.path / "log").read_text()
+    assert done.returncode == 0 and said.count("waiting until it has") == 1, said
+    assert (world.store / "203.0.113.9/latest/files/a").read_text() == "a"
 
 
 def test_main_reads_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:

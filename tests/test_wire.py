@@ -806,7 +806,7 @@ def test_kernel_without_ipv6(world: World, monkeypatch: pytest.MonkeyPatch, wire
         return plain(self, endpoint)
 
     monkeypatch.setattr(zmq.Socket, "bind", bind)
-    zbackup.Listener(wire, [f"tcp://*:{world.port}"])
+    zbackup.Listener(wire, [f"tcp://*:{world.port}"], print)
     assert tried == [1, 0]
 
 
