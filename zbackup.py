@@ -7839,6 +7839,9 @@ def format_entry(entry: Entry) -> list[str]:
 # ==== 13. COMMANDS: flags, signals, the clock; the only chapter that prints ====
 
 EXAMPLES = {
+    "demo": """\
+see a backup and a restore of two nodes, on this machine alone:
+  python zbackup.pyz demo""",
     "node": """\
 serve a database and the home folders, but no temporary files:
   python zbackup.pyz node --file files/bd --file /home --exclude '*.tmp' --exclude node_modules/
@@ -8730,6 +8733,224 @@ def run_cat(args: argparse.Namespace) -> int:
         return tell_damage(store)
 
 
+# ---- demo: two machines in a folder ----
+
+DEMO = {"127.0.0.9": "shop", "127.0.0.10": "office"}  # a node's address, and the folder that it serves
+DEMO_WAIT = 20.0  # s that a node may take to start
+DEMO_FILES = """
+All is well, and all of it lies in {folder}
+  shop/, office/      the files of the two machines
+  backups/            the store, with the newest versions in 127.0.0.9/latest and 127.0.0.10/latest
+  restored/, first/   what was restored"""
+DEMO_NEXT = """
+The real thing: on the server make the key by which its nodes know it,
+  {program} key --file zbackup.pub
+copy zbackup.pyz and zbackup.pub to each machine and start a node there,
+  {program} node --file /home
+and on the server sweep your network every hour,
+  {program} server --network 192.168.1 --range 9-99"""
+
+
+def find_port(wanted: int) -> int:
+    """Return the TCP port asked for; for 0 the usual one, or a free one where that is taken."""
+    import socket
+
+    for port in [wanted] if wanted else [PORT, 0, 0, 0]:
+        try:
+            with contextlib.ExitStack() as probes:
+                for address in DEMO:
+                    probe = probes.enter_context(socket.socket())
+                    probe.bind((address, port))
+                    port = probe.getsockname()[1]
+            return port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise BackupError(f"the demo needs the address {address} on this machine: {explain(error)}") from None
+    raise BackupError("the port is in use on this machine; choose another one with --port")
+
+
+class Demo:
+    """A folder, the nodes that serve what is in it, and a program that writes there meanwhile."""
+
+    def __init__(self, folder: str, port: int, clock: Clock) -> None:
+        self.folder = folder
+        self.clock = clock
+        self.program = ["python3", os.path.abspath(sys.argv[0])]
+        self.port = ["--port", str(port)] if port != PORT else []
+        self.environment = {**os.environ, "XDG_STATE_HOME": os.path.join(folder, "state")}
+        self.environment.pop("STATE_DIRECTORY", None)
+        self.orders = 0  # committed to the database
+        self._nodes: list[Any] = []  # processes
+        self._stop = threading.Event()
+        self._writer = threading.Thread(target=self._write_orders, daemon=True, name="writer")
+
+    def path(self, *names: str) -> str:
+        """Return the path of something in the folder."""
+        return os.path.join(self.folder, *names)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of one of the machines."""
+        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        with open(self.path(name), "wb") as file:
+            file.write(content)
+
+    def begin(self) -> None:
+        """Make the files of both machines, and start to write into the database."""
+        self.write("shop/letter.txt", b"Dear customer,\nyour order is on its way.\n")
+        self.write("shop/old.txt", b"not needed for long\n")
+        self.write("office/photo.raw", os.urandom(3 << 20))
+        self._writer.start()
+        self.wait(lambda: self.orders > 10, "the database was not written")
+
+    def change(self) -> None:
+        """Change, add and remove files."""
+        self.write("shop/letter.txt", b"Dear customer,\nyour order was lost.  We are sorry.\n")
+        self.write("shop/new.txt", b"written since the first sweep\n")
+        os.unlink(self.path("shop/old.txt"))
+        with open(self.path("office/photo.raw"), "r+b") as photo:
+            photo.seek(1 << 20)
+            photo.write(os.urandom(PAGE))
+
+    def _write_orders(self) -> None:
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(self.path("shop/orders.sqlite"))) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("CREATE TABLE orders (number INTEGER PRIMARY KEY, what TEXT)")
+            while not self._stop.is_set():
+                with database:
+                    database.execute("INSERT INTO orders (what) VALUES (?)", (os.urandom(50).hex(),))
+                self.orders += 1
+                self.clock.sleep(0.005)
+
+    def wait(self, condition: Callable[[], bool], failure: str) -> None:
+        """Wait until something is so; BackupError when it takes too long."""
+        end = self.clock.monotonic() + DEMO_WAIT
+        while not condition():
+            if self.clock.monotonic() > end:
+                raise BackupError(f"{failure} within {DEMO_WAIT:g} s")
+            self.clock.sleep(0.02)
+
+    def _show(self, arguments: Sequence[str], end: str = "") -> list[str]:
+        import shlex
+
+        print(f"\n$ {shlex.join([*self.program, *arguments])}{end}", flush=True)
+        return [sys.executable, *self.program[1:], *arguments]
+
+    def start_node(self, address: str) -> None:
+        """Start a node and wait until it serves."""
+        import subprocess
+
+        arguments = ["node", "--bind", address, "--file", DEMO[address], "--name", DEMO[address], *self.port]
+        log = self.path(f"{DEMO[address]}.log")
+        with open(log, "wb") as output:
+            command = self._show(arguments, f" > {DEMO[address]}.log 2>&1 &")
+            node = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=output, stderr=output)
+        self._nodes.append(node)
+
+        def is_ready() -> bool:
+            with open(log, encoding="utf-8", errors="replace") as file:
+                said = file.read().strip()
+            if node.poll() is not None:
+                raise BackupError(f"the node of {address} did not start: {said}")
+            return "serving" in said
+
+        self.wait(is_ready, f"the node of {address} did not start")
+
+    def run(self, *arguments: str) -> None:
+        """Run a command in the folder, and show it; BackupError unless its exit code is 0."""
+        import subprocess
+
+        code = subprocess.run(self._show(arguments), cwd=self.folder, env=self.environment).returncode
+        if code:
+            raise BackupError(f"`{arguments[0]}` ended with code {code}")
+
+    def compare(self, orders: int) -> None:
+        """Raise BackupError unless what was restored is what the machines have, and had."""
+        import sqlite3
+
+        for name in ("shop/letter.txt", "shop/new.txt", "office/photo.raw"):
+            with open(self.path(name), "rb") as one, open(self.path("restored", name), "rb") as other:
+                if one.read() != other.read():
+                    raise BackupError(f"{name} is not what was restored")
+        with open(self.path("first/shop/letter.txt"), "rb") as letter:
+            if b"on its way" not in letter.read() or os.path.exists(self.path("restored/shop/old.txt")):
+                raise BackupError("the versions of the files are mixed up")
+        with contextlib.closing(sqlite3.connect(self.path("restored/shop/orders.sqlite"))) as database:
+            ((sound,),) = database.execute("PRAGMA integrity_check")
+            ((count, last),) = database.execute("SELECT count(*), max(number) FROM orders")
+        if sound != "ok" or not orders <= count == last <= self.orders:
+            raise BackupError(f"the database has {count} of {orders} orders; SQLite says: {sound}")
+        print(f"\nThe files are the same; the database is sound, with {count} orders ({orders} before the sweep).")
+
+    def close(self) -> None:
+        """End the nodes and the writer."""
+        import subprocess
+
+        self._stop.set()
+        for node in self._nodes:
+            node.terminate()
+        for node in self._nodes:
+            try:
+                node.wait(5)
+            except subprocess.TimeoutExpired:
+                node.kill()
+                node.wait()
+        if self._writer.is_alive():
+            self._writer.join(5)
+
+
+def show_demo(demo: Demo) -> None:
+    """Copy two machines twice, restore, compare, verify; BackupError where something is not right."""
+    print(f"Two machines in {demo.folder}: a shop at 127.0.0.9, whose database is in use, and an office at 127.0.0.10.")
+    demo.begin()
+    for address in DEMO:
+        demo.start_node(address)
+    sweep = ["server", "--range", "9-10", *demo.port, "--once"]
+    demo.run(*sweep)
+    print("\nA letter and a page of the photo change, a file is new, one is gone, the database goes on; once more:")
+    demo.change()
+    orders = demo.orders
+    demo.run(*sweep)
+    print("\nThe versions that there are now:")
+    demo.run("list", "127.0.0.9")
+    demo.run("list", "127.0.0.9", "shop/letter.txt")
+    print("\nRestored: the newest version of both, the first version of the letter:")
+    first = min(name[: -len(".json")] for name in os.listdir(demo.path("backups/127.0.0.9/snapshots")))
+    for address in DEMO:
+        demo.run("restore", address, "--to", "restored")
+    demo.run("restore", "127.0.0.9", "shop/letter.txt", "--at", first, "--to", "first")
+    demo.compare(orders)
+    demo.run("verify")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Show on this machine alone what zbackup does."""
+    import shlex
+    import shutil
+    import tempfile
+
+    port = find_port(args.port)
+    folder = os.path.abspath(args.to) if args.to else tempfile.mkdtemp(prefix="zbackup-demo-")
+    if args.to:
+        os.makedirs(folder, exist_ok=True)
+        if os.listdir(folder):
+            raise UsageError(f"--to {show(args.to)}: there are files in it; name a new folder")
+    demo = Demo(folder, port, make_clock())
+    try:
+        show_demo(demo)
+        demo.close()
+        print("\nAll is well; its files are removed." if args.temporary else DEMO_FILES.format(folder=folder))
+        print(DEMO_NEXT.format(program=shlex.join(demo.program)))
+        return 0
+    except BackupError as error:
+        raise type(error)(f"the demo failed: {error}; see {folder}") from None
+    finally:
+        demo.close()
+        if args.temporary:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 # ---- flags ----
 
 
@@ -8929,6 +9150,14 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_values(parser.add_argument_group("limits, rarely changed"), limits)
 
 
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `demo`."""
+    add_words(parser, [("--to", "DIR", "a new folder for all that it makes (default: in the temporary one)")])
+    port = f"TCP port of its nodes (default {PORT}, or a free one where that is taken)"
+    parser.add_argument("--port", type=parse_port, default=0, metavar="PORT", help=port)
+    add_switches(parser, [("--temporary", "remove all that it made at the end")])
+
+
 def add_version_flags(parser: argparse.ArgumentParser) -> None:
     """Add what names a node's snapshot: --store, NODE and --at."""
     add_store_flag(parser)
@@ -8984,6 +9213,7 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("path", metavar="PATH", help="the file")
     add_keep_commands(add)
     add_check_commands(add)
+    add_demo_flags(add("demo", run_demo, "Show on this machine alone what zbackup does, in a folder of its own."))
     return parser
 
 

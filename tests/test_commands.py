@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pty
@@ -11,6 +12,8 @@ import select
 import shlex
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -19,14 +22,14 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, wait_until
+from conftest import FOLDER, PROGRAM, Process, World, uncovered, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from test_restore import NOON, describe, make_snapshot
 
 import zbackup
 
-COMMANDS = ["server", "node", "list", "restore", "cat"]
+COMMANDS = ["server", "node", "list", "restore", "cat", "demo"]
 
 
 # ---- how flags are read ----
@@ -673,6 +676,115 @@ def test_stopping_puts_the_old_handlers_back() -> None:
     with zbackup.stopping(zbackup.threading.Event()):
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ---- demo ----
+
+
+def list_demo_nodes(folder: Path) -> list[str]:
+    """Return the processes that still work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "cwd").startswith(str(folder)):
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+def test_demo(world: World) -> None:
+    said = world.run("demo", "--to", "demo", "--port", str(world.port)).stdout
+    assert said.count("2 of 2 copies good") == 2 and "the database is sound" in said and "verify: all is well" in said
+    assert f"all of it lies in {world.path}/demo" in said
+    for word in ("key --file zbackup.pub", "node --file /home", "server --network 192.168.1 --range 9-99"):
+        assert f"{PROGRAM} {word}" in said
+    assert (world.path / "demo/backups/127.0.0.9/latest/shop/new.txt").exists()
+    assert not (world.path / "state").exists()  # nothing of it touches the user's own
+    assert list_demo_nodes(world.path) == []
+    done = world.run("demo", "--to", "demo", code=2)
+    assert "there are files in it" in done.stderr
+    # What it shows can be typed again.
+    commands = [line[2:] for line in said.splitlines() if line.startswith("$ ")]
+    assert len(commands) == 10
+    again = next(c for c in commands if c.endswith("list 127.0.0.9")).replace("python3", shlex.quote(sys.executable))
+    done = subprocess.run(again, shell=True, cwd=world.path / "demo", env=world.env, capture_output=True, text=True)
+    assert done.returncode == 0 and "SNAPSHOT" in done.stdout
+
+
+def test_demo_takes_a_free_port_and_removes_its_files(world: World) -> None:
+    world.env["TMPDIR"] = str(world.path)
+    with contextlib.ExitStack() as stack:
+        for address in zbackup.DEMO:
+            taken = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # it may be taken for good on this machine
+                taken.bind((address, zbackup.PORT))
+        said = world.run("demo", "--temporary").stdout
+    assert "--port" in said and "its files are removed" in said
+    assert list(world.path.glob("zbackup-demo-*")) == []
+
+
+def test_demo_on_a_taken_port(world: World) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.10", world.port))
+        done = world.run("demo", "--port", str(world.port), "--to", "demo", code=1)
+    assert "the port is in use" in done.stderr and not (world.path / "demo").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_interrupted(world: World, number: int) -> None:
+    demo = Process(["demo", "--to", "demo", "--port", str(world.port)], world.path, uncovered(world.env))
+    wait_until(lambda: "server --range" in demo.output, what="the first sweep")
+    assert demo.stop(number) == 130
+    assert demo.output.endswith("zbackup: interrupted\n") and "Traceback" not in demo.output
+    assert list_demo_nodes(world.path) == []
+
+
+def test_demo_that_fails(world: World, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that fails ends the nodes, and the sentence says where to look."""
+    real = subprocess.run
+    wrong = [sys.executable, "-c", "raise SystemExit(3)"]
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **more: real(wrong if "server" in command else command, **more)
+    )
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM)])
+    monkeypatch.chdir(world.path)
+    with pytest.raises(zbackup.BackupError, match=r"the demo failed: `server` ended with code 3; see .*/demo"):
+        zbackup.run_demo(zbackup.make_parser().parse_args(["demo", "--to", "demo", "--port", str(world.port)]))
+    assert list_demo_nodes(world.path / "demo") == []
+
+
+def test_demo_whose_node_does_not_start(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = world.path / "program"
+    program.write_text("raise SystemExit('no, said the test')")
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    demo = zbackup.Demo(str(world.path), world.port, zbackup.make_clock())
+    with pytest.raises(zbackup.BackupError, match="the node of 127.0.0.9 did not start: no, said the test"):
+        demo.start_node("127.0.0.9")
+    demo.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "words"),
+    [
+        ("restored/office/photo.raw", b"other", "office/photo.raw is not what was restored"),
+        ("first/shop/letter.txt", b"other", "mixed up"),
+        ("restored/shop/orders.sqlite", None, "the database has 0 of 5 orders"),
+    ],
+)
+def test_demo_sees_what_is_wrong(tmp_path: Path, path: str, content: bytes | None, words: str) -> None:
+    demo = zbackup.Demo(str(tmp_path), 4545, zbackup.make_clock())
+    for name in ("shop/letter.txt", "shop/new.txt", "office/photo.raw"):
+        demo.write(name, b"same")
+        demo.write(f"restored/{name}", b"same")
+    demo.write("first/shop/letter.txt", b"on its way")
+    with contextlib.closing(sqlite3.connect(tmp_path / "restored/shop/orders.sqlite")) as database:
+        database.execute("CREATE TABLE orders (number INTEGER PRIMARY KEY)")
+        if content is not None:
+            database.executemany("INSERT INTO orders VALUES (?)", [(number,) for number in range(1, 6)])
+        database.commit()
+    if content is not None:
+        demo.write(path, content)
+    with pytest.raises(zbackup.BackupError, match=words):
+        demo.compare(5)
 
 
 # ---- without pyzmq ----
