@@ -76,8 +76,8 @@ fetch() {
     "$pip" -m pip download --quiet --retries 1 --no-deps --only-binary=:all: --require-hashes \
         --python-version "$1" --implementation cp --abi "${abi##*-}" --platform "${tags##*[.-]}" \
         --requirement "$work/requirement" --dest "$wheels/.$$" >"$work/log" 2>&1 ||
-        fail "PyPI gave no $3 with the right hash ($(sed -n 's/^ERROR: //p' "$work/log" | tail -n 1)); is there a network?
-  Without one: --wheels DIR takes wheels from a folder, --platform none makes a .pyz that needs an installed pyzmq."
+        fail "PyPI gave no $3 with the right hash ($(sed -n 's/^ERROR: //p' "$work/log" | tail -n 1)); where there \
+is no network, --wheels DIR takes wheels from a folder, and --platform none makes a .pyz that needs an installed pyzmq"
     mv "$wheels/.$$/$3" "$wheels/$3"
     rmdir "$wheels/.$$"
 }
@@ -129,7 +129,10 @@ from typing import Callable
 PROJECTS = {"zmq": "pyzmq", "backports": "backports_zstd", "backports.zstd": "backports_zstd"}
 UNFINISHED, PROGRAM = "tmp-", "program-"  # how the names of the cache start, beside the projects
 OLD = 30 * 86400  # s
-TRIAL = "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2])"
+TRIALS = {
+    "pyzmq": "import sys; sys.path.insert(0, sys.argv[1]); import zmq",
+    "backports_zstd": "import sys; sys.path.insert(0, sys.argv[1]); import backports.zstd",
+}
 
 
 def is_guarded(folder: str, user: int) -> bool:
@@ -216,16 +219,18 @@ def is_whole(folder: str) -> bool:
         return False
 
 
-def try_import(folder: str, module: str) -> None:
-    """Raise ImportError unless a child can import a module; a wheel that does not fit may crash its process."""
+def try_import(folder: str, project: str) -> None:
+    """Raise ImportError unless a child can import a project; a wheel that does not fit may crash its process."""
     import subprocess
 
-    if sys.executable:
-        command = [sys.executable, "-I", "-c", TRIAL, folder, module]
+    command = [sys.executable or "", "-I", "-c", TRIALS[project], folder]
+    try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        if done.returncode:
-            raise ImportError(said or f"a trial ended with code {done.returncode}")
+    except OSError:
+        return  # no child can be started: the import itself will tell
+    said = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+    if done.returncode:
+        raise ImportError(said or f"a trial ended with code {done.returncode}")
 
 
 def tidy(cache: str) -> None:
@@ -240,7 +245,7 @@ def tidy(cache: str) -> None:
                 shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
 
 
-def put_wheel(data: bytes, folder: str, module: str) -> None:
+def put_wheel(data: bytes, folder: str, project: str) -> None:
     """Unpack a wheel at a folder in one step; raises OSError or ImportError where it cannot be used."""
     import io
     import shutil
@@ -252,7 +257,7 @@ def put_wheel(data: bytes, folder: str, module: str) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as wheel:
             wheel.extractall(new)
-        try_import(new, module)
+        try_import(new, project)
         with contextlib.suppress(OSError):  # another start was quicker than this one
             if os.path.lexists(folder) and not is_whole(folder):
                 os.rename(folder, os.path.join(work, "damaged"))
@@ -283,7 +288,7 @@ class Carried:
         if project is None:
             return None
         if project not in self.folders:
-            self.folders[project] = self.unpack(project, name)
+            self.folders[project] = self.unpack(project)
         return PathFinder.find_spec(name, [os.path.join(self.folders[project], *name.split(".")[:-1])])
 
     def choose(self, project: str) -> tuple[str, bytes]:
@@ -300,7 +305,7 @@ class Carried:
             build = f"sh build_pyz.sh --platform {platform}"
             raise ImportError(f"this .pyz carries no {project} for {here}; build one that does: {build}") from None
 
-    def unpack(self, project: str, module: str) -> str:
+    def unpack(self, project: str) -> str:
         """Return the folder of an unpacked project: in the cache, else in a temporary place."""
         digest, data = self.choose(project)
         name, reasons = f"{project}-{digest[:32]}", []
@@ -313,7 +318,7 @@ class Carried:
             try:
                 place = find()
                 if place:
-                    put_wheel(data, os.path.join(place, name), module)
+                    put_wheel(data, os.path.join(place, name), project)
                     return os.path.join(place, name)
             except (OSError, ImportError) as error:
                 reasons.append(str(error))
