@@ -8852,7 +8852,7 @@ class Demo:
             with open(log, encoding="utf-8", errors="replace") as file:
                 said = file.read().strip()
             if node.poll() is not None:
-                raise BackupError(f"the node of {address} did not start: {said}")
+                raise BackupError(f"the node of {address} did not start: {said.removeprefix('zbackup: ')}")
             return "serving" in said
 
         self.wait(is_ready, f"the node of {address} did not start")
@@ -8944,7 +8944,8 @@ def run_demo(args: argparse.Namespace) -> int:
         print(DEMO_NEXT.format(program=shlex.join(demo.program)))
         return 0
     except BackupError as error:
-        raise type(error)(f"the demo failed: {error}; see {folder}") from None
+        where = "its files are removed" if args.temporary else f"see {folder}"
+        raise type(error)(f"the demo failed: {error}; {where}") from None
     finally:
         demo.close()
         if args.temporary:

@@ -643,15 +643,38 @@ def test_sweep_interrupted(world: World, number: int, code: int) -> None:
     world.node("--before", "touch began; sleep 3")
     server = world.server()
     wait_until((world.path / "began").exists)
+    began = time.monotonic()
     assert server.stop(number) == code
+    assert time.monotonic() - began < 1
     assert "interrupted" in server.output and "Traceback" not in server.output
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_node_stopped(world: World, number: int, code: int) -> None:
     node = world.node()
+    began = time.monotonic()
     assert node.stop(number) == code
+    assert time.monotonic() - began < 1
     assert node.output.endswith("stopped\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_node_stopped_in_the_middle_of_a_copy(world: World, number: int, code: int) -> None:
+    """It ends at once, --after is begun, the server says what happened and the next copy is whole."""
+    (world.files / "a").write_text("a")
+    hooks = ("--before", "touch began; test -e again || sleep 3", "--after", "touch after")
+    node = world.node(*hooks)
+    server = world.server()
+    wait_until((world.path / "began").exists)
+    began = time.monotonic()
+    assert node.stop(number) == code
+    assert time.monotonic() - began < 1
+    assert node.output.endswith("stopped\n") and "Traceback" not in node.output
+    assert server.process.wait(10) == 1 and "the connection to the node was lost" in server.output
+    wait_until((world.path / "after").exists, what="--after")
+    (world.path / "again").touch()
+    world.node(*hooks)
+    assert world.sweep()["nodes"][0]["snapshot"]["grade"] == "stable"
 
 
 def test_second_interrupt_ends_at_once() -> None:
@@ -757,7 +780,7 @@ def test_demo_whose_node_does_not_start(world: World, monkeypatch: pytest.Monkey
     program.write_text("raise SystemExit('no, said the test')")
     monkeypatch.setattr(sys, "argv", [str(program)])
     demo = zbackup.Demo(str(world.path), world.port, zbackup.make_clock())
-    with pytest.raises(zbackup.BackupError, match="the node of 127.0.0.9 did not start: no, said the test"):
+    with pytest.raises(zbackup.BackupError, match="the node of 127.0.0.9 did not start: no, said the test$"):
         demo.start_node("127.0.0.9")
     demo.close()
 
