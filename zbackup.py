@@ -8780,7 +8780,7 @@ class Demo:
         self.environment = {**os.environ, "XDG_STATE_HOME": os.path.join(folder, "state")}
         self.environment.pop("STATE_DIRECTORY", None)
         self.orders = 0  # committed to the database
-        self._nodes: list[Any] = []  # processes
+        self._processes: list[Any] = []
         self._stop = threading.Event()
         self._writer = threading.Thread(target=self._write_orders, daemon=True, name="writer")
 
@@ -8846,7 +8846,7 @@ class Demo:
         with open(log, "wb") as output:
             command = self._show(arguments, f" > {DEMO[address]}.log 2>&1 &")
             node = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=output, stderr=output)
-        self._nodes.append(node)
+        self._processes.append(node)
 
         def is_ready() -> bool:
             with open(log, encoding="utf-8", errors="replace") as file:
@@ -8861,9 +8861,10 @@ class Demo:
         """Run a command in the folder, and show it; BackupError unless its exit code is 0."""
         import subprocess
 
-        code = subprocess.run(self._show(arguments), cwd=self.folder, env=self.environment).returncode
-        if code:
-            raise BackupError(f"`{arguments[0]}` ended with code {code}")
+        process = subprocess.Popen(self._show(arguments), cwd=self.folder, env=self.environment)
+        self._processes.append(process)
+        if process.wait():
+            raise BackupError(f"`{arguments[0]}` ended with code {process.returncode}")
 
     def compare(self, orders: int) -> None:
         """Raise BackupError unless what was restored is what the machines have, and had."""
@@ -8884,18 +8885,18 @@ class Demo:
         print(f"\nThe files are the same; the database is sound, with {count} orders ({orders} before the sweep).")
 
     def close(self) -> None:
-        """End the nodes and the writer."""
+        """End all processes, and the writer."""
         import subprocess
 
         self._stop.set()
-        for node in self._nodes:
-            node.terminate()
-        for node in self._nodes:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
             try:
-                node.wait(5)
+                process.wait(5)
             except subprocess.TimeoutExpired:
-                node.kill()
-                node.wait()
+                process.kill()
+                process.wait()
         if self._writer.is_alive():
             self._writer.join(5)
 
