@@ -8772,16 +8772,16 @@ def find_port(wanted: int) -> int:
 class Demo:
     """A folder, the nodes that serve what is in it, and a program that writes there meanwhile."""
 
-    def __init__(self, folder: str, port: int, clock: Clock) -> None:
+    def __init__(self, folder: str, port: int, running: Running) -> None:
         self.folder = folder
-        self.clock = clock
+        self.clock, self.interrupted = running
         self.program = ["python3", os.path.abspath(sys.argv[0])]
         self.port = ["--port", str(port)] if port != PORT else []
         self.environment = {**os.environ, "XDG_STATE_HOME": os.path.join(folder, "state")}
         self.environment.pop("STATE_DIRECTORY", None)
         self.orders = 0  # committed to the database
         self._processes: list[Any] = []
-        self._stop = threading.Event()
+        self._closed = threading.Event()
         self._writer = threading.Thread(target=self._write_orders, daemon=True, name="writer")
 
     def path(self, *names: str) -> str:
@@ -8817,18 +8817,20 @@ class Demo:
         with contextlib.closing(sqlite3.connect(self.path("shop/orders.sqlite"))) as database:
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("CREATE TABLE orders (number INTEGER PRIMARY KEY, what TEXT)")
-            while not self._stop.is_set():
+            while not self._closed.is_set():
                 with database:
                     database.execute("INSERT INTO orders (what) VALUES (?)", (os.urandom(50).hex(),))
                 self.orders += 1
                 self.clock.sleep(0.005)
 
-    def wait(self, condition: Callable[[], bool], failure: str) -> None:
-        """Wait until something is so; BackupError when it takes too long."""
-        end = self.clock.monotonic() + DEMO_WAIT
+    def wait(self, condition: Callable[[], bool], failure: str, longest: float = DEMO_WAIT) -> None:
+        """Wait until something is so; BackupError when it takes too long (s), Interrupted by a signal."""
+        end = self.clock.monotonic() + longest
         while not condition():
+            if self.interrupted.is_set():
+                raise Interrupted("interrupted")
             if self.clock.monotonic() > end:
-                raise BackupError(f"{failure} within {DEMO_WAIT:g} s")
+                raise BackupError(f"{failure} within {longest:g} s")
             self.clock.sleep(0.02)
 
     def _show(self, arguments: Sequence[str], end: str = "") -> list[str]:
@@ -8863,7 +8865,8 @@ class Demo:
 
         process = subprocess.Popen(self._show(arguments), cwd=self.folder, env=self.environment)
         self._processes.append(process)
-        if process.wait():
+        self.wait(lambda: process.poll() is not None, f"`{arguments[0]}` did not end", FREEZE_TIMEOUT)
+        if process.returncode:
             raise BackupError(f"`{arguments[0]}` ended with code {process.returncode}")
 
     def compare(self, orders: int) -> None:
@@ -8888,7 +8891,7 @@ class Demo:
         """End all processes, and the writer."""
         import subprocess
 
-        self._stop.set()
+        self._closed.set()
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -8937,20 +8940,23 @@ def run_demo(args: argparse.Namespace) -> int:
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
             raise UsageError(f"--to {show(args.to)}: there are files in it; name a new folder")
-    demo = Demo(folder, port, make_clock())
-    try:
-        show_demo(demo)
-        demo.close()
-        print("\nAll is well; its files are removed." if args.temporary else DEMO_FILES.format(folder=folder))
-        print(DEMO_NEXT.format(program=shlex.join(demo.program)))
-        return 0
-    except BackupError as error:
-        where = "its files are removed" if args.temporary else f"see {folder}"
-        raise type(error)(f"the demo failed: {error}; {where}") from None
-    finally:
-        demo.close()
-        if args.temporary:
-            shutil.rmtree(folder, ignore_errors=True)
+    stop = threading.Event()
+    demo = Demo(folder, port, (make_clock(), stop))
+    with stopping(stop):
+        try:
+            show_demo(demo)
+            print("\nAll is well; its files are removed." if args.temporary else DEMO_FILES.format(folder=folder))
+            print(DEMO_NEXT.format(program=shlex.join(demo.program)))
+            return 0
+        except Interrupted:
+            raise
+        except BackupError as error:
+            where = "its files are removed" if args.temporary else f"see {folder}"
+            raise type(error)(f"the demo failed: {error}; {where}") from None
+        finally:
+            demo.close()
+            if args.temporary:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 # ---- flags ----

@@ -16,6 +16,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -703,6 +704,8 @@ def test_stopping_puts_the_old_handlers_back() -> None:
 
 # ---- demo ----
 
+RUNNING = (zbackup.make_clock(), threading.Event())
+
 
 def list_demo_nodes(folder: Path) -> list[str]:
     """Return the processes that still work in a folder."""
@@ -775,7 +778,7 @@ def test_demo_whose_node_does_not_start(world: World, monkeypatch: pytest.Monkey
     program = world.path / "program"
     program.write_text("raise SystemExit('no, said the test')")
     monkeypatch.setattr(sys, "argv", [str(program)])
-    demo = zbackup.Demo(str(world.path), world.port, zbackup.make_clock())
+    demo = zbackup.Demo(str(world.path), world.port, RUNNING)
     with pytest.raises(zbackup.BackupError, match="the node of 127.0.0.9 did not start: no, said the test$"):
         demo.start_node("127.0.0.9")
     demo.close()
@@ -790,7 +793,7 @@ def test_demo_whose_node_does_not_start(world: World, monkeypatch: pytest.Monkey
     ],
 )
 def test_demo_sees_what_is_wrong(tmp_path: Path, path: str, content: bytes | None, words: str) -> None:
-    demo = zbackup.Demo(str(tmp_path), 4545, zbackup.make_clock())
+    demo = zbackup.Demo(str(tmp_path), 4545, RUNNING)
     for name in ("shop/letter.txt", "shop/new.txt", "office/photo.raw"):
         demo.write(name, b"same")
         demo.write(f"restored/{name}", b"same")
