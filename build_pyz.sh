@@ -35,7 +35,7 @@ target=${target:-zbackup.pyz}
 
 # The rows of the lock for these platforms and Pythons.  An abi3 wheel is for all later Pythons, too.
 rows=$(awk -v platforms="${platforms:-manylinux}" -v pythons="$pythons" '
-    BEGIN { some = split(platforms, asked); count = split(pythons, versions) }
+    BEGIN { split(platforms, asked); count = split(pythons, versions) }
     !/^#/ {
         split($2, own, "."); wanted = !count
         for (i in versions) {
@@ -398,6 +398,8 @@ try:
                 archive.writestr(info, data)
     os.chmod(temporary, 0o755)
     os.replace(temporary, target)
+except OSError as error:
+    sys.exit("build_pyz.sh: %s cannot be made: %s" % (target, error.strerror))
 finally:
     if os.path.exists(temporary):
         os.unlink(temporary)

@@ -584,6 +584,11 @@ def test_wrong_usage(arguments: list[str], words: str, tmp_path: Path) -> None:
     assert not (tmp_path / "one").exists()
 
 
+def test_file_that_cannot_be_made(tmp_path: Path) -> None:
+    said = build("--platform", "none", tmp_path / "no folder/x.pyz", code=1)
+    assert said == f"build_pyz.sh: {tmp_path}/no folder/x.pyz cannot be made: No such file or directory\n"
+
+
 def test_hash_that_is_wrong(tmp_path: Path, pyz: Path) -> None:
     flags = ["--platform", load_start().find_platform(), "--python", list_pythons()[0]]
     with zipfile.ZipFile(pyz) as archive:
