@@ -325,6 +325,24 @@ def test_what_is_in_the_way(machine: Machine) -> None:
     assert machine.kinds() == CARRIED and folder.is_dir()
 
 
+@pytest.mark.parametrize("option", ["noexec", "size=1m"])
+def test_disk_that_takes_no_wheel(machine: Machine, option: str) -> None:
+    """A home without execution or without room: a temporary folder is used."""
+    mount = f"mount -t tmpfs -o mode=700,{option} none '{machine.home}'"
+    private = ["unshare", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*private, mount], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here: needs root and unshare")
+    machine.python = [
+        *private,
+        f'{mount} && "$@"; code=$?; ls "$HOME/.cache/zbackup"; exit $code',
+        "sh",
+        *machine.python,
+    ]
+    said = machine.run(*machine.sweep, code=zbackup.NOBODY)
+    assert "no node answered" in said and "program-" in said and "pyzmq" not in said
+    assert os.listdir(machine.temporary) == []
+
+
 # ---- a cache that others could have written to ----
 
 
