@@ -30,6 +30,7 @@ from test_restore import NOON, describe, make_snapshot
 
 import zbackup
 
+AT_ONCE = 2.0  # s that a stop may take: one, and one for a machine that is busy with other tests
 COMMANDS = ["server", "node", "list", "restore", "cat", "demo"]
 
 
@@ -646,7 +647,7 @@ def test_sweep_interrupted(world: World, number: int, code: int) -> None:
     wait_until((world.path / "began").exists)
     began = time.monotonic()
     assert server.stop(number) == code
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < AT_ONCE
     assert "interrupted" in server.output and "Traceback" not in server.output
 
 
@@ -655,7 +656,7 @@ def test_node_stopped(world: World, number: int, code: int) -> None:
     node = world.node()
     began = time.monotonic()
     assert node.stop(number) == code
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < AT_ONCE
     assert node.output.endswith("stopped\n")
 
 
@@ -669,7 +670,7 @@ def test_node_stopped_in_the_middle_of_a_copy(world: World, number: int, code: i
     wait_until((world.path / "began").exists)
     began = time.monotonic()
     assert node.stop(number) == code
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < AT_ONCE
     assert node.output.endswith("stopped\n") and "Traceback" not in node.output
     assert server.process.wait(10) == 1 and "the connection to the node was lost" in server.output
     wait_until((world.path / "after").exists, what="--after")
@@ -872,7 +873,7 @@ def test_node_waits_for_its_address_until_stopped(world: World, number: int, cod
     time.sleep(0.5)
     began = time.monotonic()
     assert node.stop(number) == code
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < AT_ONCE
     told = f"this machine does not have the address of tcp://203.0.113.9:{world.port}, see --bind; waiting until it has"
     assert node.output.splitlines() == [told, "stopped"]
 
