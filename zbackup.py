@@ -1744,6 +1744,7 @@ class Wire:
 
     def __init__(self, clock: Clock, stop: threading.Event, heartbeat: float, pair: KeyPair | None = None) -> None:
         self.zmq = load_zmq()
+        load_zstd()  # at once: from a .pyz that was replaced meanwhile, nothing can be loaded
         self.clock = clock
         self.stop = stop
         self.heartbeat = heartbeat
@@ -2084,7 +2085,7 @@ class Door:
 class Listener:
     """The node's bound socket, and the way by which sessions' threads answer through it."""
 
-    def __init__(self, wire: Wire, endpoints: Sequence[str], door: Door) -> None:
+    def __init__(self, wire: Wire, endpoints: Sequence[str], door: Door, say: Callable[[str], None]) -> None:
         self.wire = wire
         self.door = door
         zmq = wire.zmq
@@ -2097,7 +2098,7 @@ class Listener:
         for socket in (self.router, self.answers):
             self.poller.register(socket, zmq.POLLIN)
         for endpoint in endpoints:
-            self._bind(endpoint)
+            self._bind(endpoint, say)
 
     def _guard(self) -> None:
         """Bound what strangers can take, and let in only whom the door says."""
@@ -2114,23 +2115,35 @@ class Listener:
         elif door.local and can_bind_to_loopback():
             router.setsockopt(zmq.BINDTODEVICE, b"lo")
 
-    def _bind(self, endpoint: str) -> None:
+    def _bind(self, endpoint: str, say: Callable[[str], None]) -> None:
+        """Listen at an endpoint; where its address is not there yet, as before the network is up, wait for it."""
         zmq = self.wire.zmq
-        try:
+        told = False
+        while True:
             try:
-                self.router.bind(endpoint)
+                return self._try_to_bind(endpoint)
             except zmq.ZMQError as error:
-                if error.errno not in (errno.EAFNOSUPPORT, errno.EINVAL):
-                    raise
-                self.router.setsockopt(zmq.IPV6, 0)  # a kernel without IPv6
-                self.router.bind(endpoint)
-        except zmq.ZMQError as error:
-            if error.errno == errno.EADDRINUSE:
-                port = endpoint.rpartition(":")[2]
-                raise BackupError(
-                    f"port {port} is in use on this machine, perhaps by another node; choose one with --port"
-                ) from None
-            raise UsageError(f"cannot listen at {endpoint}: {error.strerror}; see --bind and --port") from None
+                if error.errno == errno.EADDRINUSE:
+                    port = endpoint.rpartition(":")[2]
+                    raise BackupError(
+                        f"port {port} is in use on this machine, perhaps by another node; choose one with --port"
+                    ) from None
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise UsageError(f"cannot listen at {endpoint}: {error.strerror}; see --bind and --port") from None
+            if not told:
+                say(f"this machine does not have the address of {endpoint}, see --bind; waiting until it has")
+            told = True
+            self.wire.clock.sleep(SLICE / 1000)
+            self.wire.check()
+
+    def _try_to_bind(self, endpoint: str) -> None:
+        try:
+            self.router.bind(endpoint)
+        except self.wire.zmq.ZMQError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EINVAL):
+                raise
+            self.router.setsockopt(self.wire.zmq.IPV6, 0)  # a kernel without IPv6
+            self.router.bind(endpoint)
 
     def receive(self, milliseconds: int) -> Request | None:
         """Pass on what sessions answered; return the next question if one comes in time.
@@ -5934,7 +5947,7 @@ class Node:
         host = f"[{settings.bind}]" if ":" in settings.bind else settings.bind
         local = not settings.server_key and not settings.insecure
         door = Door(settings.server_key, self.pair, local, settings.handshake_timeout)
-        self.listener = Listener(wire, [f"tcp://{host}:{settings.port}"], door)
+        self.listener = Listener(wire, [f"tcp://{host}:{settings.port}"], door, say)
         spool = Spool(os.path.join(self.state, "spool"))
         self.home = Home(settings, wire, self.listener, spool, base, say)
         self._sessions: dict[bytes, Session] = {}
@@ -8453,6 +8466,9 @@ def format_server_unit(service: Service) -> list[str]:
 # ==== 13. COMMANDS: flags, signals, the clock; the only chapter that prints ====
 
 EXAMPLES = {
+    "demo": """\
+see a backup and a restore of two nodes, on this machine alone:
+  python zbackup.pyz demo""",
     "node": """\
 serve a database and the home folders, but no temporary files:
   python zbackup.pyz node --file files/bd --file /home --exclude '*.tmp' --exclude node_modules/
@@ -9560,6 +9576,232 @@ def run_cat(args: argparse.Namespace) -> int:
         return tell_damage(store)
 
 
+# ---- demo: two machines in a folder ----
+
+DEMO = {"127.0.0.9": "shop", "127.0.0.10": "office"}  # a node's address, and the folder that it serves
+DEMO_WAIT = 20.0  # s that a node may take to start
+DEMO_FILES = """
+All is well, and all of it lies in {folder}
+  shop/, office/      the files of the two machines
+  backups/            the store, with the newest versions in 127.0.0.9/latest and 127.0.0.10/latest
+  restored/, first/   what was restored"""
+DEMO_NEXT = """
+The real thing: on the server make the key by which its nodes know it,
+  {program} key --file zbackup.pub
+copy zbackup.pyz and zbackup.pub to each machine and start a node there,
+  {program} node --file /home
+and on the server sweep your network every hour,
+  {program} server --network 192.168.1 --range 9-99"""
+
+
+def find_port(wanted: int) -> int:
+    """Return the TCP port asked for; for 0 the usual one, or a free one where that is taken."""
+    import socket
+
+    for port in [wanted] if wanted else [PORT, 0, 0, 0]:
+        try:
+            with contextlib.ExitStack() as probes:
+                for address in DEMO:
+                    probe = probes.enter_context(socket.socket())
+                    probe.bind((address, port))
+                    port = probe.getsockname()[1]
+            return port
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise BackupError(f"the demo needs the address {address} on this machine: {explain(error)}") from None
+    raise BackupError("the port is in use on this machine; choose another one with --port")
+
+
+class Demo:
+    """A folder, the nodes that serve what is in it, and a program that writes there meanwhile."""
+
+    def __init__(self, folder: str, port: int, running: Running) -> None:
+        self.folder = folder
+        self.clock, self.interrupted = running
+        self.program = ["python3", os.path.abspath(sys.argv[0])]
+        self.port = ["--port", str(port)] if port != PORT else []
+        self.environment = {**os.environ, "XDG_STATE_HOME": os.path.join(folder, "state")}
+        self.environment.pop("STATE_DIRECTORY", None)
+        self.orders = 0  # committed to the database
+        self._processes: list[Any] = []
+        self._closed = threading.Event()
+        self._writer = threading.Thread(target=self._write_orders, daemon=True, name="writer")
+
+    def path(self, *names: str) -> str:
+        """Return the path of something in the folder."""
+        return os.path.join(self.folder, *names)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file of one of the machines."""
+        os.makedirs(os.path.dirname(self.path(name)), exist_ok=True)
+        with open(self.path(name), "wb") as file:
+            file.write(content)
+
+    def begin(self) -> None:
+        """Make the files of both machines, and start to write into the database."""
+        self.write("shop/letter.txt", b"Dear customer,\nyour order is on its way.\n")
+        self.write("shop/old.txt", b"not needed for long\n")
+        self.write("office/photo.raw", os.urandom(3 << 20))
+        self._writer.start()
+        self.wait(lambda: self.orders > 10, "the database was not written")
+
+    def change(self) -> None:
+        """Change, add and remove files."""
+        self.write("shop/letter.txt", b"Dear customer,\nyour order was lost.  We are sorry.\n")
+        self.write("shop/new.txt", b"written since the first sweep\n")
+        os.unlink(self.path("shop/old.txt"))
+        with open(self.path("office/photo.raw"), "r+b") as photo:
+            photo.seek(1 << 20)
+            photo.write(os.urandom(PAGE))
+
+    def _write_orders(self) -> None:
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(self.path("shop/orders.sqlite"))) as database:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("CREATE TABLE orders (number INTEGER PRIMARY KEY, what TEXT)")
+            while not self._closed.is_set():
+                with database:
+                    database.execute("INSERT INTO orders (what) VALUES (?)", (os.urandom(50).hex(),))
+                self.orders += 1
+                self.clock.sleep(0.005)
+
+    def wait(self, condition: Callable[[], bool], failure: str, longest: float = DEMO_WAIT) -> None:
+        """Wait until something is so; BackupError when it takes too long (s), Interrupted by a signal."""
+        end = self.clock.monotonic() + longest
+        while not condition():
+            if self.interrupted.is_set():
+                raise Interrupted("interrupted")
+            if self.clock.monotonic() > end:
+                raise BackupError(f"{failure} within {longest:g} s")
+            self.clock.sleep(0.02)
+
+    def _show(self, arguments: Sequence[str], end: str = "") -> list[str]:
+        import shlex
+
+        print(f"\n$ {shlex.join([*self.program, *arguments])}{end}", flush=True)
+        return [sys.executable, *self.program[1:], *arguments]
+
+    def start_node(self, address: str) -> None:
+        """Start a node and wait until it serves."""
+        import subprocess
+
+        arguments = ["node", "--bind", address, "--file", DEMO[address], "--name", DEMO[address], *self.port]
+        log = self.path(f"{DEMO[address]}.log")
+        with open(log, "wb") as output:
+            command = self._show(arguments, f" > {DEMO[address]}.log 2>&1 &")
+            node = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=output, stderr=output)
+        self._processes.append(node)
+
+        def is_ready() -> bool:
+            with open(log, encoding="utf-8", errors="replace") as file:
+                said = file.read().strip()
+            if node.poll() is not None:
+                raise BackupError(f"the node of {address} did not start: {said.removeprefix('zbackup: ')}")
+            return "serving" in said
+
+        self.wait(is_ready, f"the node of {address} did not start")
+
+    def run(self, *arguments: str) -> None:
+        """Run a command in the folder, and show it; BackupError unless its exit code is 0."""
+        import subprocess
+
+        process = subprocess.Popen(self._show(arguments), cwd=self.folder, env=self.environment)
+        self._processes.append(process)
+        self.wait(lambda: process.poll() is not None, f"`{arguments[0]}` did not end", FREEZE_TIMEOUT)
+        if process.returncode:
+            raise BackupError(f"`{arguments[0]}` ended with code {process.returncode}")
+
+    def compare(self, orders: int) -> None:
+        """Raise BackupError unless what was restored is what the machines have, and had."""
+        import sqlite3
+
+        for name in ("shop/letter.txt", "shop/new.txt", "office/photo.raw"):
+            with open(self.path(name), "rb") as one, open(self.path("restored", name), "rb") as other:
+                if one.read() != other.read():
+                    raise BackupError(f"{name} is not what was restored")
+        with open(self.path("first/shop/letter.txt"), "rb") as letter:
+            if b"on its way" not in letter.read() or os.path.exists(self.path("restored/shop/old.txt")):
+                raise BackupError("the versions of the files are mixed up")
+        with contextlib.closing(sqlite3.connect(self.path("restored/shop/orders.sqlite"))) as database:
+            ((sound,),) = database.execute("PRAGMA integrity_check")
+            ((count, last),) = database.execute("SELECT count(*), max(number) FROM orders")
+        if sound != "ok" or not orders <= count == last <= self.orders:
+            raise BackupError(f"the database has {count} of {orders} orders; SQLite says: {sound}")
+        print(f"\nThe files are the same; the database is sound, with {count} orders ({orders} before the sweep).")
+
+    def close(self) -> None:
+        """End all processes, and the writer."""
+        import subprocess
+
+        self._closed.set()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._writer.is_alive():
+            self._writer.join(5)
+
+
+def show_demo(demo: Demo) -> None:
+    """Copy two machines twice, restore, compare, verify; BackupError where something is not right."""
+    print(f"Two machines in {demo.folder}: a shop at 127.0.0.9, whose database is in use, and an office at 127.0.0.10.")
+    demo.begin()
+    for address in DEMO:
+        demo.start_node(address)
+    sweep = ["server", "--range", "9-10", *demo.port, "--once"]
+    demo.run(*sweep)
+    print("\nA letter and a page of the photo change, a file is new, one is gone, the database goes on; once more:")
+    demo.change()
+    orders = demo.orders
+    demo.run(*sweep)
+    print("\nThe versions that there are now:")
+    demo.run("list", "127.0.0.9")
+    demo.run("list", "127.0.0.9", "shop/letter.txt")
+    print("\nRestored: the newest version of both, the first version of the letter:")
+    first = min(name[: -len(".json")] for name in os.listdir(demo.path("backups/127.0.0.9/snapshots")))
+    for address in DEMO:
+        demo.run("restore", address, "--to", "restored")
+    demo.run("restore", "127.0.0.9", "shop/letter.txt", "--at", first, "--to", "first")
+    demo.compare(orders)
+    demo.run("verify")
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    """Show on this machine alone what zbackup does."""
+    import shlex
+    import shutil
+    import tempfile
+
+    port = find_port(args.port)
+    folder = os.path.abspath(args.to) if args.to else tempfile.mkdtemp(prefix="zbackup-demo-")
+    if args.to:
+        os.makedirs(folder, exist_ok=True)
+        if os.listdir(folder):
+            raise UsageError(f"--to {show(args.to)}: there are files in it; name a new folder")
+    stop = threading.Event()
+    demo = Demo(folder, port, (make_clock(), stop))
+    with stopping(stop):
+        try:
+            show_demo(demo)
+            print("\nAll is well; its files are removed." if args.temporary else DEMO_FILES.format(folder=folder))
+            print(DEMO_NEXT.format(program=shlex.join(demo.program)))
+            return 0
+        except Interrupted:
+            raise
+        except BackupError as error:
+            where = "its files are removed" if args.temporary else f"see {folder}"
+            raise type(error)(f"the demo failed: {error}; {where}") from None
+        finally:
+            demo.close()
+            if args.temporary:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 # ---- flags ----
 
 
@@ -9790,6 +10032,14 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add_values(parser.add_argument_group("limits, rarely changed"), limits)
 
 
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `demo`."""
+    add_words(parser, [("--to", "DIR", "a new folder for all that it makes (default: in the temporary one)")])
+    port = f"TCP port of its nodes (default {PORT}, or a free one where that is taken)"
+    parser.add_argument("--port", type=parse_port, default=0, metavar="PORT", help=port)
+    add_switches(parser, [("--temporary", "remove all that it made at the end")])
+
+
 def add_version_flags(parser: argparse.ArgumentParser) -> None:
     """Add what names a node's snapshot: --store, NODE and --at."""
     add_store_flag(parser)
@@ -9846,6 +10096,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_key_commands(add, parser)
     add_keep_commands(add)
     add_check_commands(add)
+    add_demo_flags(add("demo", run_demo, "Show on this machine alone what zbackup does, in a folder of its own."))
     return parser
 
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pty
 import re
 import select
+import shlex
+import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, wait_until
+from conftest import FOLDER, PROGRAM, Process, World, uncovered, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from test_restore import NOON, describe, make_snapshot
 
 import zbackup
 
-COMMANDS = ["server", "node", "list", "restore", "cat", "key", "nodes", "trust", "forget", "unit"]
+AT_ONCE = 2.0  # s that a stop may take: one, and one for a machine that is busy with other tests
+COMMANDS = ["server", "node", "list", "restore", "cat", "demo", "key", "nodes", "trust", "forget", "unit"]
 
 
 # ---- how flags are read ----
@@ -638,15 +646,38 @@ def test_sweep_interrupted(world: World, number: int, code: int) -> None:
     world.node("--before", "touch began; sleep 3")
     server = world.server()
     wait_until((world.path / "began").exists)
+    began = time.monotonic()
     assert server.stop(number) == code
+    assert time.monotonic() - began < AT_ONCE
     assert "interrupted" in server.output and "Traceback" not in server.output
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_node_stopped(world: World, number: int, code: int) -> None:
     node = world.node()
+    began = time.monotonic()
     assert node.stop(number) == code
+    assert time.monotonic() - began < AT_ONCE
     assert node.output.endswith("stopped\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_node_stopped_in_the_middle_of_a_copy(world: World, number: int, code: int) -> None:
+    """It ends at once, --after is begun, the server says what happened and the next copy is whole."""
+    (world.files / "a").write_text("a")
+    hooks = ("--before", "touch began; test -e again || sleep 3", "--after", "touch after")
+    node = world.node(*hooks)
+    server = world.server()
+    wait_until((world.path / "began").exists)
+    began = time.monotonic()
+    assert node.stop(number) == code
+    assert time.monotonic() - began < AT_ONCE
+    assert node.output.endswith("stopped\n") and "Traceback" not in node.output
+    assert server.process.wait(10) == 1 and "the connection to the node was lost" in server.output
+    wait_until((world.path / "after").exists, what="--after")
+    (world.path / "again").touch()
+    world.node(*hooks)
+    assert world.sweep()["nodes"][0]["snapshot"]["grade"] == "stable"
 
 
 def test_second_interrupt_ends_at_once() -> None:
@@ -671,6 +702,113 @@ def test_stopping_puts_the_old_handlers_back() -> None:
     with zbackup.stopping(zbackup.threading.Event()):
         assert signal.getsignal(signal.SIGINT) != before[0]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ---- demo ----
+
+RUNNING = (zbackup.make_clock(), threading.Event())
+
+
+def list_demo_nodes(folder: Path) -> list[str]:
+    """Return the processes that still work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "cwd").startswith(str(folder)):
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+def test_demo(world: World) -> None:
+    said = world.run("demo", "--to", "demo", "--port", str(world.port)).stdout
+    assert said.count("2 of 2 copies good") == 2 and "the database is sound" in said and "verify: all is well" in said
+    assert f"all of it lies in {world.path}/demo" in said
+    for word in ("key --file zbackup.pub", "node --file /home", "server --network 192.168.1 --range 9-99"):
+        assert f"{PROGRAM} {word}" in said
+    assert (world.path / "demo/backups/127.0.0.9/latest/shop/new.txt").exists()
+    assert not (world.path / "state").exists()  # nothing of it touches the user's own
+    assert list_demo_nodes(world.path) == []
+    done = world.run("demo", "--to", "demo", code=2)
+    assert "there are files in it" in done.stderr
+    # What it shows can be typed again.
+    commands = [line[2:] for line in said.splitlines() if line.startswith("$ ")]
+    assert len(commands) == 10
+    again = next(c for c in commands if c.endswith("list 127.0.0.9")).replace("python3", shlex.quote(sys.executable))
+    done = subprocess.run(again, shell=True, cwd=world.path / "demo", env=world.env, capture_output=True, text=True)
+    assert done.returncode == 0 and "SNAPSHOT" in done.stdout
+
+
+def test_demo_takes_a_free_port_and_removes_its_files(world: World) -> None:
+    world.env["TMPDIR"] = str(world.path)
+    with contextlib.ExitStack() as stack:
+        for address in zbackup.DEMO:
+            taken = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # it may be taken for good on this machine
+                taken.bind((address, zbackup.PORT))
+        said = world.run("demo", "--temporary").stdout
+    assert "--port" in said and "its files are removed" in said
+    assert list(world.path.glob("zbackup-demo-*")) == []
+
+
+def test_demo_on_a_taken_port(world: World) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.10", world.port))
+        done = world.run("demo", "--port", str(world.port), "--to", "demo", code=1)
+    assert "the port is in use" in done.stderr and not (world.path / "demo").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_demo_interrupted(world: World, number: int) -> None:
+    demo = Process(["demo", "--to", "demo", "--port", str(world.port)], world.path, uncovered(world.env))
+    wait_until(lambda: "server --range" in demo.output, what="the first sweep")
+    assert demo.stop(number) == 130
+    assert demo.output.endswith("zbackup: interrupted\n") and "Traceback" not in demo.output
+    assert list_demo_nodes(world.path) == []
+
+
+def test_demo_that_fails(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep that fails ends the nodes, and the sentence says where to look."""
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM)])
+    monkeypatch.chdir(world.path)
+    monkeypatch.setattr(zbackup.Demo, "change", lambda demo: shutil.rmtree(demo.path("shop")))
+    with pytest.raises(zbackup.BackupError, match=r"the demo failed: `server` ended with code 1; see .*/demo$"):
+        zbackup.run_demo(zbackup.make_parser().parse_args(["demo", "--to", "demo", "--port", str(world.port)]))
+    assert list_demo_nodes(world.path / "demo") == []
+
+
+def test_demo_whose_node_does_not_start(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = world.path / "program"
+    program.write_text("raise SystemExit('no, said the test')")
+    monkeypatch.setattr(sys, "argv", [str(program)])
+    demo = zbackup.Demo(str(world.path), world.port, RUNNING)
+    with pytest.raises(zbackup.BackupError, match="the node of 127.0.0.9 did not start: no, said the test$"):
+        demo.start_node("127.0.0.9")
+    demo.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "words"),
+    [
+        ("restored/office/photo.raw", b"other", "office/photo.raw is not what was restored"),
+        ("first/shop/letter.txt", b"other", "mixed up"),
+        ("restored/shop/orders.sqlite", None, "the database has 0 of 5 orders"),
+    ],
+)
+def test_demo_sees_what_is_wrong(tmp_path: Path, path: str, content: bytes | None, words: str) -> None:
+    demo = zbackup.Demo(str(tmp_path), 4545, RUNNING)
+    for name in ("shop/letter.txt", "shop/new.txt", "office/photo.raw"):
+        demo.write(name, b"same")
+        demo.write(f"restored/{name}", b"same")
+    demo.write("first/shop/letter.txt", b"on its way")
+    with contextlib.closing(sqlite3.connect(tmp_path / "restored/shop/orders.sqlite")) as database:
+        database.execute("CREATE TABLE orders (number INTEGER PRIMARY KEY)")
+        if content is not None:
+            database.executemany("INSERT INTO orders VALUES (?)", [(number,) for number in range(1, 6)])
+        database.commit()
+    if content is not None:
+        demo.write(path, content)
+    with pytest.raises(zbackup.BackupError, match=words):
+        demo.compare(5)
 
 
 # ---- without pyzmq ----
@@ -724,9 +862,49 @@ def test_node_port_taken(world: World) -> None:
     assert f"port {world.port} is in use on this machine" in done.stderr and "--port" in done.stderr
 
 
-def test_node_bind_to_no_address_of_ours(world: World) -> None:
-    done = world.run("node", "--bind", "203.0.113.9", "--port", str(world.port), "--file", "files", code=2)
-    assert "cannot listen at tcp://203.0.113.9" in done.stderr and "--bind" in done.stderr
+def test_node_bind_to_what_is_no_address(world: World) -> None:
+    done = world.run("node", "--bind", "no-such-host.invalid", "--port", str(world.port), "--file", "files", code=2)
+    assert "cannot listen at tcp://no-such-host.invalid" in done.stderr and "--bind" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_node_waits_for_its_address_until_stopped(world: World, number: int, code: int) -> None:
+    node = world.node(address="203.0.113.9", wait=False)
+    wait_until(lambda: node.output, what="the line")
+    time.sleep(0.5)
+    began = time.monotonic()
+    assert node.stop(number) == code
+    assert time.monotonic() - began < AT_ONCE
+    told = f"this machine does not have the address of tcp://203.0.113.9:{world.port}, see --bind; waiting until it has"
+    assert node.output.splitlines() == [told, "stopped"]
+
+
+def in_own_network(command: Sequence[str]) -> list[str]:
+    """Return a command run in a network of its own, with loopback alone; skips the test where there can be none."""
+    own = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if not shutil.which("unshare") or not shutil.which("ip") or subprocess.run([*own, "true"]).returncode:
+        pytest.skip("no network namespace of its own can be made here: needs root, unshare and ip")
+    return [*own, *command]
+
+
+def test_node_waits_for_its_address_until_it_is_there(world: World) -> None:
+    (world.files / "a").write_text("a")
+    program = f"{shlex.quote(sys.executable)} {shlex.quote(str(PROGRAM))}"
+    script = f"""
+{program} node --bind 203.0.113.9 --file files --insecure &
+while ! grep -q waiting log; do sleep 0.05; done
+ip address add 203.0.113.9/32 dev lo
+while ! grep -q serving log; do sleep 0.05; done
+{program} server --host 203.0.113.9 --once
+code=$?
+kill $!
+wait $! && exit $code"""
+    with open(world.path / "log", "w") as log:
+        command = in_own_network(["sh", "-c", script])
+        done = subprocess.run(command, cwd=world.path, env=world.env, stdout=log, stderr=log, timeout=30)
+    said = (world.path / "log").read_text()
+    assert done.returncode == 0 and said.count("waiting until it has") == 1, said
+    assert (world.store / "203.0.113.9/latest/files/a").read_text() == "a"
 
 
 def test_main_reads_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any) -> None:

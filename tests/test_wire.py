@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -843,9 +844,25 @@ def test_busy_port(world: World) -> None:
 
 
 def test_address_of_another_machine(world: World) -> None:
-    node = world.node(address="192.0.2.77", wait=False)
+    node = world.node(address="no-such-host.invalid", wait=False)
     assert node.process.wait(10) == UsageError.exit_code
     assert "cannot listen" in node.output
+
+
+def test_address_that_is_there_only_later(world: World, monkeypatch: pytest.MonkeyPatch, wire: Wire) -> None:
+    plain, tried, said = zmq.Socket.bind, [], []
+
+    def bind(self: zmq.Socket[bytes], endpoint: str) -> Any:
+        if endpoint.startswith("tcp"):
+            tried.append(endpoint)
+            if len(tried) < 4:
+                raise zmq.ZMQError(errno.EADDRNOTAVAIL)
+        return plain(self, endpoint)
+
+    monkeypatch.setattr(zmq.Socket, "bind", bind)
+    endpoint = f"tcp://127.0.0.9:{world.port}"
+    zbackup.Listener(wire, [endpoint], said.append)
+    assert tried == [endpoint] * 4 and len(said) == 1 and endpoint in said[0]
 
 
 def test_second_node_with_the_same_state_refused(world: World) -> None:
@@ -869,7 +886,7 @@ def test_kernel_without_ipv6(world: World, monkeypatch: pytest.MonkeyPatch, wire
         return plain(self, endpoint)
 
     monkeypatch.setattr(zmq.Socket, "bind", bind)
-    zbackup.Listener(wire, [f"tcp://*:{world.port}"], zbackup.Door())
+    zbackup.Listener(wire, [f"tcp://*:{world.port}"], zbackup.Door(), print)
     assert tried == [1, 0]
 
 
