@@ -105,6 +105,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NoReturn
 
 if TYPE_CHECKING:
+    import socket
     import sqlite3
 
     import zmq
@@ -136,6 +137,8 @@ OWNER_LIMIT = (1 << 32) - 2  # of user and group numbers; the next one means "no
 
 # Limits against a hostile or broken peer.
 HEAD_LIMIT = 4 << 20  # bytes of a message's JSON head
+NEST_LIMIT = 1 << 17  # lists and objects in a head: each takes some 60 bytes; an honest READ has a quarter of it
+UNFINISHED_LIMIT = 64 << 20  # bytes that may come without a whole message: libzmq bounds one frame, not their number
 BODY_LIMIT = 2 << 20  # bytes of a message's body, a frame of incompressible chunks included
 XATTR_LIMIT = 256 << 10  # bytes of the extended attributes of one file
 READ_LIMIT = 256  # files in one READ: their items fit the head
@@ -1523,12 +1526,29 @@ class KeyPair:
     secret: str = field(repr=False)
 
 
-KEY = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
+Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+KEY_LENGTH = 40  # characters: each five of them are a number of 32 bits
 
 
 def is_key(text: str) -> bool:
-    """Tell whether `text` has the form of a key."""
-    return KEY.fullmatch(text) is not None
+    """Tell whether `text` is a key as Z85 writes it."""
+    if len(text) != KEY_LENGTH or set(text) - set(Z85):
+        return False
+    numbers = [[Z85.index(character) for character in text[i : i + 5]] for i in range(0, KEY_LENGTH, 5)]
+    return all(functools.reduce(lambda sum, digit: 85 * sum + digit, number) < 1 << 32 for number in numbers)
+
+
+def encode_secret(secret: str) -> bytes:
+    """Return the file of a key pair: the secret half, and a checksum that tells when it is damaged."""
+    return f"{secret} {hashlib.sha256(secret.encode('ascii')).hexdigest()[:16]}\n".encode("ascii")
+
+
+def decode_secret(data: bytes) -> str:
+    """Return the secret half in the file of a key pair; FormatError where it is not what was written."""
+    secret = data.decode("ascii", "replace")[:KEY_LENGTH]
+    if not is_key(secret) or data != encode_secret(secret):
+        raise FormatError("holds no secret key")
+    return secret
 
 
 def make_pair() -> KeyPair:
@@ -1561,18 +1581,18 @@ def load_pair(path: str) -> KeyPair:
         if not os.path.lexists(path):
             make_folder(os.path.dirname(os.path.abspath(path)))
             with contextlib.suppress(FileExistsError):  # another process made it at this moment
-                write_durably(path, make_pair().secret.encode("ascii") + b"\n", replacing=False)
+                write_durably(path, encode_secret(make_pair().secret), replacing=False)
         fd = os.open(path, FILE_FLAGS)
         try:
             _check_private(path, fd)
-            secret = os.read(fd, 100).decode("ascii", "replace").strip()
+            secret = decode_secret(os.read(fd, 1000))
         finally:
             os.close(fd)
+    except FormatError as error:
+        raise BackupError(f"{show(path)} {error}; restore it, or remove it, and a new one is made") from None
     except OSError as error:
         kind = FullStore if error.errno in (errno.ENOSPC, errno.EDQUOT) else BackupError
         raise kind(f"the key {show(path)} can be neither read nor made: {explain(error)}") from None
-    if not is_key(secret):
-        raise BackupError(f"{show(path)} holds no secret key; restore it, or remove it, and a new one is made")
     return KeyPair(zmq.curve_public(secret.encode("ascii")).decode("ascii"), secret)
 
 
@@ -1656,6 +1676,7 @@ def load_identity(folder: str) -> str:
 HELLO, OPEN, LIST, READ, CLOSE = "HELLO", "OPEN", "LIST", "READ", "CLOSE"  # asked
 WORKING, ERROR = "WORKING", "ERROR"  # answers to any of them
 SLICE = 200  # ms; how long a wait may go without looking whether it should end
+GLANCE = 20  # ms between two looks at what a connection sends: a message without end must not fill the memory first
 LAST_WORD = 300  # ms that a last question may take on its way out
 MOST_SOCKETS = 8192  # of one process
 ASIDE = 4  # requests in flight beside the window of bytes
@@ -1690,6 +1711,8 @@ def decode_message(frames: Sequence[Any], head_limit: int = HEAD_LIMIT) -> Messa
     head, body = frames[0].buffer, frames[1].buffer
     if len(head) > head_limit or len(body) > BODY_LIMIT:
         raise ProtocolError(f"sent a message of {len(head)} + {len(body)} bytes, beyond the limit")
+    if bytes(head).count(b"[") + bytes(head).count(b"{") > NEST_LIMIT:
+        raise ProtocolError("sent a message of too many parts")
     try:
         fields = Fields(head, "its message")
         kind, number = fields.text("kind", limit=20), fields.integer("number")
@@ -1701,6 +1724,51 @@ def decode_message(frames: Sequence[Any], head_limit: int = HEAD_LIMIT) -> Messa
 def to_milliseconds(seconds: float) -> int:
     """Return a span as libzmq takes it: at least 1, and three (or ten) times it in 31 bits."""
     return max(1, min(int(seconds * 1000), 1 << 27))
+
+
+class Meter:
+    """Counts what a connection has sent since its last whole message; on Linux, elsewhere it counts nothing."""
+
+    BYTES = 128, "=Q"  # where tcp_info of <linux/tcp.h> has tcpi_bytes_received
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd  # libzmq's; not duplicated, since it may be of something else already
+        self._zero = 0
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[socket.socket]:
+        import socket
+
+        borrowed = socket.socket(socket.AF_INET, socket.SOCK_STREAM, fileno=self.fd)
+        try:
+            yield borrowed
+        finally:
+            borrowed.detach()
+
+    def _count(self) -> int:
+        import socket
+
+        offset, form = self.BYTES
+        try:
+            with self._connection() as connection:
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            return int(struct.unpack_from(form, info, offset)[0])
+        except (AttributeError, OSError, struct.error):  # not Linux, or gone
+            return self._zero
+
+    def restart(self) -> None:
+        """Note that a whole message has come."""
+        self._zero = self._count()
+
+    def cut_endless(self) -> bool:
+        """End the connection, and tell so, when more has come than any message may have."""
+        import socket
+
+        if self._count() - self._zero <= UNFINISHED_LIMIT:
+            return False
+        with contextlib.suppress(OSError), self._connection() as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+        return True
 
 
 class Doorkeeper:
@@ -1817,6 +1885,7 @@ class Peer:
         self.most = 1 << 63  # of them
         self.end = float("inf")  # monotonic, when the whole conversation must be over
         self.events: list[str] = []  # what the connection went through
+        self._meter: Meter | None = None
         self._number = 0
         self._linger = 0  # ms
         self._owed: deque[tuple[str, int, int, Callable[[Message], None]]] = deque()
@@ -1924,17 +1993,28 @@ class Peer:
         """Return the next message if one comes in time; notes what the connection does."""
         self.wire.check()
         zmq = self.wire.zmq
-        if not self.socket.poll(milliseconds):
+        for _ in range(max(1, milliseconds // GLANCE)):
+            if self.socket.poll(min(milliseconds, GLANCE)):
+                break
             self.read_events()
+            self.check_unfinished()
+        else:
             return None
         try:
             frames: Any = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:  # libzmq called it readable too early
             self.read_events()
             return None
+        if self._meter:
+            self._meter.restart()
         self.received += sum(len(frame) for frame in frames)
         self._check_sender(frames)
         return decode_message(frames)
+
+    def check_unfinished(self) -> None:
+        """Raise ProtocolError when the node sends a message that does not end."""
+        if self._meter and self._meter.cut_endless():
+            raise ProtocolError("sends a message without end")
 
     def _check_sender(self, frames: Sequence[Any]) -> None:
         if self.received > self.most:
@@ -1956,6 +2036,7 @@ class Peer:
         }
         while self.monitor.poll(0):
             event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
+            self._meter = Meter(value) if event == zmq.EVENT_CONNECTED else self._meter
             self.events.append(names.get(event, FOREIGN if value == CRYPTOGRAPHIC else FAILED))
 
 
@@ -2072,6 +2153,17 @@ def can_bind_to_loopback() -> bool:
     return True
 
 
+def shuffle_routing_ids() -> None:
+    """Let libzmq begin the names of connections at a number that no peer knows.
+
+    It takes it from rand(3), never seeded, and aborts when it comes to a name that a peer has claimed.
+    """
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "big"))
+
+
 @dataclass(frozen=True)
 class Door:
     """Whom a node's socket lets in."""
@@ -2089,13 +2181,17 @@ class Listener:
         self.wire = wire
         self.door = door
         zmq = wire.zmq
+        shuffle_routing_ids()  # which are drawn when the socket is made
         self.router = wire.socket(zmq.ROUTER)
         self._guard()
+        self._meters: dict[int, Meter] = {}  # by descriptor
+        self._looked = 0.0  # monotonic
+        self._monitor = self.router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED)
         self.answers = wire.context.socket(zmq.PULL)
         self.answers.setsockopt(zmq.RCVHWM, 0)
         self.answers.bind("inproc://answers")
         self.poller = zmq.Poller()
-        for socket in (self.router, self.answers):
+        for socket in (self.router, self.answers, self._monitor):
             self.poller.register(socket, zmq.POLLIN)
         for endpoint in endpoints:
             self._bind(endpoint, say)
@@ -2151,7 +2247,9 @@ class Listener:
         Raises ProtocolError for what is no question; its sender gets no answer.
         """
         self.wire.check()
-        ready = dict(self.poller.poll(milliseconds))
+        glance = max(GLANCE, len(self._meters) // 10)  # thousands of connections must not cost all the time
+        ready = dict(self.poller.poll(min(milliseconds, glance) if self._meters else milliseconds))
+        self._look_after_connections(glance / 1000)
         if self.answers in ready:
             self._pass_on()
         if self.router not in ready:
@@ -2160,13 +2258,33 @@ class Listener:
             frames: Any = self.router.recv_multipart(self.wire.zmq.NOBLOCK, copy=False)
         except self.wire.zmq.Again:  # libzmq called it readable too early
             return None
-        try:
-            address = frames[-1].get("Peer-Address")
-        except self.wire.zmq.ZMQError:
-            address = ""
+        meter = self._meters.get(self._tell(frames[-1], self.wire.zmq.SRCFD))
+        if meter:
+            meter.restart()
+        address = self._tell(frames[-1], "Peer-Address") or ""
         # Who is to be refused gets no more work done than that takes.
         most = PAGE if self.door.local and not is_loopback(str(address)) else QUESTION_LIMIT
         return Request(frames[0].bytes, str(address), decode_message(frames[1:], most))
+
+    def _tell(self, frame: Any, name: Any) -> Any:
+        """Return what libzmq knows of a frame; None where it does not, as of a connection that is gone."""
+        try:
+            return frame.get(name)
+        except self.wire.zmq.ZMQError:
+            return None
+
+    def _look_after_connections(self, pause: float) -> None:
+        """Cut off who sends a message that does not end; not sooner than `pause` (s) after the last look."""
+        zmq, now = self.wire.zmq, self.wire.clock.monotonic()
+        while self._monitor.poll(0):
+            event, fd = struct.unpack("=HI", self._monitor.recv_multipart()[0])
+            self._meters.pop(fd, None)
+            if event == zmq.EVENT_ACCEPTED:
+                self._meters[fd] = Meter(fd)
+        if now >= self._looked + pause:
+            self._looked = now
+            for meter in self._meters.values():
+                meter.cut_endless()
 
     def _pass_on(self) -> None:
         zmq = self.wire.zmq
@@ -4611,7 +4729,7 @@ def _decode_any(name: str) -> Callable[[bytes], object]:
 
 def verify_files(store: Store) -> list[tuple[str, str]]:
     """Return path and problem of each file beside the packs and the index that is not what it was."""
-    decoders = {"README.txt": _decode_readme(store), "damage/lost.json": decode_lost}
+    decoders = {"README.txt": _decode_readme(store), "damage/lost.json": decode_lost, "keys/server": decode_secret}
     decoders.update({name: _decode_any(name) for name in (VERIFIED, DRILLED)})
     paths = {os.path.join(store.path, name): decode for name, decode in decoders.items()}
     for name in sorted(os.listdir(store.path)):
@@ -5161,7 +5279,12 @@ class Source:
         if fd >= 0:
             stat = replace(stat, xattrs=self._xattrs(fd, name))
         if kind == "symlink" and fd >= 0:
-            return replace(stat, target=os.readlink(name, dir_fd=fd))
+            try:
+                return replace(stat, target=os.readlink(name, dir_fd=fd))
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                raise FileNotFoundError(errno.ENOENT, "no longer a symlink") from None
         if kind in ("block", "character"):
             return replace(stat, rdev=found.st_rdev)
         return stat
@@ -6128,11 +6251,14 @@ def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float, key: 
         end = wire.clock.monotonic() + timeout
         while len(results) < len(peers) and wire.clock.monotonic() < end:
             left = max(1, int((end - wire.clock.monotonic()) * 1000))
-            for socket, _ in poller.poll(min(SLICE, left)):
+            for socket, _ in poller.poll(min(GLANCE, left)):
                 address = owners[socket]
                 result = _read_hello(peers[address])
                 if result and address not in results:
                     results[address] = result
+            for peer in peers.values():
+                with contextlib.suppress(ProtocolError):  # cut off, which its events tell
+                    peer.check_unfinished()
             wire.check()
         return [results.get(address) or _judge_silence(peers[address]) for address in addresses]
     finally:
@@ -6238,10 +6364,11 @@ def _refuse_new(found: Probe, hello: Hello, owner: Known | None, strict: bool) -
     return ""
 
 
-def _find_known(hello: Hello, known: Sequence[Known], present: Set[str]) -> Known | None:
-    """Return a node by its key, or by the name that it had before it had a key, if nobody else has that now."""
-    names = [hello.identity, *([hello.former] if hello.former and hello.former not in present else [])]
-    return next((node for name in names for node in known if node.identity == name), None)
+def _find_known(names: tuple[str, str], known: Sequence[Known], present: Set[str]) -> Known | None:
+    """Return a node by its identity, or by the name that it had before it had a key, if nobody else has that now."""
+    identity, former = names
+    wanted = [identity, *([former] if former and former not in present else [])]
+    return next((node for name in wanted for node in known if node.identity == name), None)
 
 
 def plan_targets(
@@ -6257,10 +6384,12 @@ def plan_targets(
         if found.hello:
             groups.setdefault(found.hello.identity, []).append((found, found.hello))
     taken = {node.folder.lower() for node in known}
+    formers = [group[0][1].former for group in groups.values()]
     targets: list[Target] = []
     refused: list[Probe] = []
     for identity, group in groups.items():
-        node = _find_known(group[0][1], known, groups.keys())
+        former = "" if strict or formers.count(group[0][1].former) > 1 else group[0][1].former
+        node = _find_known((identity, former), known, groups.keys())
         first, hello = next(((p, h) for p, h in group if node and str(p.address) in node.addresses), group[0])
         addresses = tuple(p.address for p, h in group if h.instance == hello.instance)
         owner = None if node else _find_owner(group, known, groups.keys())
@@ -6890,6 +7019,21 @@ class Reading:
         return Entry(self.slot.line, encode_content(self.chunks.content(self.chunks.count * CHUNK, "")))
 
 
+def decode_listing(answer: Message) -> tuple[bool, list[bytes]]:
+    """Return whether there is more, and the lines of an answer to LIST."""
+    fields = answer.fields
+    try:
+        more, size = fields.flag("more"), fields.integer("size", high=BODY_LIMIT)
+        raw = decompress(fields.integer("codec", high=255), answer.body, size)
+    except CodecError:
+        raise
+    except FormatError as error:
+        raise ProtocolError(f"sent a listing that does not decode: {error}") from None
+    if more and not raw:
+        raise ProtocolError("lists nothing, without end")
+    return more, raw.split(b"\n") if raw else []
+
+
 class Pull:
     """One copy of one node, from OPEN to the blocks of its snapshot."""
 
@@ -6995,15 +7139,9 @@ class Pull:
             while not answers:
                 with self.intake.until_full():
                     self.intake.step()
-            fields, body = answers[0].fields, answers.popleft().body
-            more = fields.flag("more")
+            more, lines = decode_listing(answers.popleft())
             if more:
                 self.intake.peer.ask(LIST, {}, answers.append)
-            size = fields.integer("size", high=BODY_LIMIT)
-            raw = decompress(fields.integer("codec", high=255), body, size)
-            if more and not raw:
-                raise ProtocolError("lists nothing, without end")
-            lines = raw.split(b"\n") if raw else []
             count += len(lines)
             if count > self.intake.settings.most_files:
                 raise ProtocolError(f"lists more than the {self.intake.settings.most_files} files of --most-files")
@@ -8182,9 +8320,11 @@ def format_node(report: NodeReport) -> list[str]:
     others = f" (also at {', '.join(report.addresses[1:])})" if len(report.addresses) > 1 else ""
     head = f"{report.address}{others}: "
     if report.missing:
-        name = "" if report.folder in report.addresses else f"{report.folder}: "
+        name = (
+            "" if any(f"{address}:".startswith(f"{report.folder}:") for address in report.addresses) else report.folder
+        )
         what = show(report.error) or "does not answer"
-        return [f"{name}{head}{what}; last seen {format_span(report.missing / 1e9)} ago"]
+        return [f"{name}{': ' if name else ''}{head}{what}; last seen {format_span(report.missing / 1e9)} ago"]
     snapshot = report.snapshot
     if snapshot is None:
         return [f"{head}{show(report.error) or report.state}"]
@@ -8415,7 +8555,7 @@ TIMER_UNIT = (
 
 def quote_unit_word(word: str) -> str:
     """Return a word as ExecStart= of systemd.service(5) takes it."""
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$").replace("\n", "\\n")
     return escaped if re.fullmatch(r"[A-Za-z0-9_./:=@,+%$-]+", escaped) else f'"{escaped}"'
 
 
@@ -8457,7 +8597,11 @@ def format_server_unit(service: Service) -> list[str]:
         path.startswith(("/home/", "/root/")) for path in (service.store, f"{service.folder}/", *service.command)
     )
     rules = ["Type=oneshot"] if service.once else ["Restart=always", "RestartSec=60"]
-    rules += ["User=zbackup", f"ReadWritePaths={quote_unit_word(service.store)}", "CapabilityBoundingSet="]
+    rules += [
+        "User=zbackup",
+        f"ReadWritePaths={quote_unit_word(service.store).replace('$$', '$')}",
+        "CapabilityBoundingSet=",
+    ]
     rules += [f"ProtectHome={'read-only' if at_home else 'yes'}", "PrivateTmp=yes", "PrivateUsers=yes", "MemoryMax=2G"]
     rules += ["StateDirectory=zbackup", "StateDirectoryMode=0700", "LimitNOFILE=65536"]
     return _format_unit(service, head, rules, "" if service.once else "multi-user.target")
@@ -8929,7 +9073,12 @@ def become_user(name: str, capabilities: Iterable[int] = ()) -> bool:
     os.initgroups(name, gid)
     os.setgid(gid)
     os.setuid(uid)
-    return not wanted or (kept and keep_capabilities(wanted))
+    if not wanted:
+        return True
+    if kept and keep_capabilities(wanted):
+        return True
+    keep_capabilities([])  # else all others would stay permitted
+    return False
 
 
 # ---- the commands ----
@@ -9359,8 +9508,8 @@ def run_trust(args: argparse.Namespace) -> int:
         raise UsageError(f"{show(args.key)} is no key: 40 characters, in single quotes")
     now = make_clock().now()
     with contextlib.closing(open_command(args)) as store:
-        nodes = {node.folder for node in store.list_nodes()}
-        name = args.node if args.node not in nodes and args.key and not args.new else find_node(store, args.node).name
+        names = {name for node in store.list_nodes() for name in (node.folder, node.name, *node.addresses)}
+        name = args.node if args.node not in names and args.key else find_node(store, args.node).name
         known = trust_newcomer(store, name, now) if args.new else trust_key(store, name, args.key or "", now)
         print(f"{known.folder} is the node with the key {known.identity}; the next sweep copies it there")
         return tell_damage(store)
@@ -9686,7 +9835,7 @@ class Demo:
         """Start a node and wait until it serves."""
         import subprocess
 
-        arguments = ["node", "--bind", address, "--file", DEMO[address], "--name", DEMO[address], *self.port]
+        arguments = ["node", "--bind", address, "--server-key", PUBLIC_FILE, "--file", DEMO[address], *self.port]
         log = self.path(f"{DEMO[address]}.log")
         with open(log, "wb") as output:
             command = self._show(arguments, f" > {DEMO[address]}.log 2>&1 &")
@@ -9751,6 +9900,8 @@ def show_demo(demo: Demo) -> None:
     """Copy two machines twice, restore, compare, verify; BackupError where something is not right."""
     print(f"Two machines in {demo.folder}: a shop at 127.0.0.9, whose database is in use, and an office at 127.0.0.10.")
     demo.begin()
+    print("\nThe server's public key, which the nodes are given:")
+    demo.run("key", "--file", PUBLIC_FILE)
     for address in DEMO:
         demo.start_node(address)
     sweep = ["server", "--range", "9-10", *demo.port, "--once"]

@@ -133,7 +133,7 @@ def test_pair_is_made_once_and_private(tmp_path: Path, umask: int) -> None:
         os.umask(before)
     assert z.load_pair(str(path)) == made
     assert [get_mode(one) for one in (path, path.parent, path.parent.parent)] == [0o600, 0o700, 0o700]
-    assert path.read_text() == f"{made.secret}\n" and os.listdir(path.parent) == ["server"]
+    assert path.read_bytes() == z.encode_secret(made.secret) and os.listdir(path.parent) == ["server"]
     assert z.is_key(made.public) and z.is_key(made.secret) and made.public != made.secret
     assert made.secret not in repr(made)  # of what a traceback or a debugger shows
 
@@ -144,7 +144,7 @@ def test_pair_differs_between_machines(tmp_path: Path) -> None:
 
 def test_pair_has_the_public_half_of_its_secret(tmp_path: Path) -> None:
     path = tmp_path / "key"
-    path.write_text(f"  {SECRET}\n\n")
+    path.write_bytes(z.encode_secret(SECRET))
     path.chmod(0o600)
     assert z.load_pair(str(path)) == z.KeyPair(KEY, SECRET)
 
@@ -167,7 +167,7 @@ def test_pair_in_a_file_open_to_others_refused(tmp_path: Path, mode: int) -> Non
         " else remove it, and a new key is made"
     )
     path.chmod(0o400)
-    assert z.load_pair(str(path)).secret == path.read_text().strip()
+    assert z.encode_secret(z.load_pair(str(path)).secret) == path.read_bytes()
 
 
 @pytest.mark.parametrize("mode", [0o750, 0o705, 0o711, 0o1777])
@@ -279,7 +279,7 @@ def test_pair_that_another_process_makes_at_this_moment(
     """Between the look for the file and its making."""
     path = tmp_path / "key"
     if raced:
-        path.write_text(SECRET)
+        path.write_bytes(z.encode_secret(SECRET))
         path.chmod(0o600)
         monkeypatch.setattr(os.path, "lexists", lambda path: False)
     assert (z.load_pair(str(path)).public == KEY) is raced
@@ -303,7 +303,6 @@ def test_is_key(text: str, expected: bool) -> None:
 BEYOND = "a" * 35 + "#####"  # its last five characters are a number beyond 32 bits, which Z85 has none for
 
 
-@pytest.mark.xfail(strict=True, reason="what has a key's characters is taken for one, though it is no Z85")
 @pytest.mark.parametrize("use", ["text", "file", "node", "trust"])
 def test_key_beyond_the_numbers_of_z85(world: World, use: str) -> None:
     if use == "text":
@@ -552,7 +551,7 @@ def test_socket_needs_a_pair_for_keys() -> None:
         with pytest.raises(z.BackupError, match="no key pair to meet nodes with"):
             z.Peer(wire, z.Address("127.0.0.9", find_free_port()), 1.0, "")
         with pytest.raises(z.BackupError, match="no key pair to prove who this node is"):
-            z.Listener(wire, ["tcp://127.0.0.1:*"], z.Door(server_key=KEY))
+            z.Listener(wire, ["tcp://127.0.0.1:*"], z.Door(server_key=KEY), print)
     finally:
         wire.close()
 

@@ -337,6 +337,7 @@ def test_addresses_without_a_machine_are_silent(lan: Lan) -> None:
     """Also when the kernel has given up on them, which libzmq tells as it tells of a refusal."""
     server, refusing = lan.host("server", "0.1"), lan.host("refusing", "0.9")
     report = server.sweep("--network", "10.77.0", "--range", "9,20-22", "--timeout", "4s", code=5)
+    assert "a node without a key is open to its own machine only" in str(report["nodes"])
     states = {row["address"]: row["state"] for row in report["nodes"]}
     assert states.pop(refusing.address) == "no node"
     assert states == {f"10.77.0.{number}": "silent" for number in (20, 21, 22)}

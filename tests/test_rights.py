@@ -191,7 +191,6 @@ def test_user_of_a_node_where_the_right_cannot_be_kept(shared: World) -> None:
 
 
 @root_only
-@pytest.mark.xfail(strict=True, reason="where one capability cannot be kept, all others stay permitted")
 def test_user_of_a_node_where_the_right_cannot_be_kept_keeps_no_other(shared: World) -> None:
     with start_without_the_right(shared) as node:
         assert node.stdout and node.stdout.readline() and node.stdout.readline()
@@ -383,7 +382,6 @@ def test_unit_word_is_read_as_it_was(word: str) -> None:
     assert split_unit_line(z.quote_unit_word(word)) == [word]
 
 
-@pytest.mark.xfail(strict=True, reason="a line's end in a word stands in the unit as it is")
 def test_unit_word_has_no_line_end() -> None:
     assert "\n" not in z.quote_unit_word("a\nUser=root")
 
@@ -397,10 +395,9 @@ def test_unit_of_a_server(world: World, once: list[str], store: str) -> None:
     assert split_unit_line(settings["ReadWritePaths"]) == [store]
     assert (settings["User"], settings["CapabilityBoundingSet"]) == ("zbackup", "")
     assert (settings.get("Type"), "[Install]" in text) == (("oneshot", False) if once else (None, True))
-    assert settings["ProtectHome"] == ("tmpfs" if store.startswith("/home") else "yes")
+    assert settings["ProtectHome"] == ("read-only" if store.startswith("/home") else "yes")
 
 
-@pytest.mark.xfail(strict=True, reason="paths in ExecStart= are relative to /, the store of ReadWritePaths= is not")
 def test_unit_of_a_server_writes_where_it_may(world: World) -> None:
     settings = print_unit(world, "server", "--range", "9")[1]
     words = split_unit_line(settings["ExecStart"])

@@ -653,7 +653,6 @@ def test_store_full(world: World, disk: Path, pack_size: str) -> None:
     assert check_store(disk / "store") >= 3
 
 
-@pytest.mark.xfail(strict=True, reason="a key that finds no room in the store ends with exit code 1")
 def test_store_full_before_it_is_made(world: World, disk: Path) -> None:
     (world.files / "a").write_text("small")
     world.node()
