@@ -732,7 +732,7 @@ def test_demo(world: World) -> None:
     assert "there are files in it" in done.stderr
     # What it shows can be typed again.
     commands = [line[2:] for line in said.splitlines() if line.startswith("$ ")]
-    assert len(commands) == 10
+    assert len(commands) == 11
     again = next(c for c in commands if c.endswith("list 127.0.0.9")).replace("python3", shlex.quote(sys.executable))
     done = subprocess.run(again, shell=True, cwd=world.path / "demo", env=world.env, capture_output=True, text=True)
     assert done.returncode == 0 and "SNAPSHOT" in done.stdout

@@ -43,7 +43,7 @@ def pinned(small: World) -> World:
 
 def own_key(node: Process) -> str:
     """Return the key that a node told at its start."""
-    found = re.search(r"this node's key is (\S+)\n", node.output)
+    found = re.search(r"this node's key is (\S{40})", node.output)
     assert found, node.output
     return found[1]
 

@@ -861,7 +861,7 @@ def test_address_that_is_there_only_later(world: World, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(zmq.Socket, "bind", bind)
     endpoint = f"tcp://127.0.0.9:{world.port}"
-    zbackup.Listener(wire, [endpoint], said.append)
+    zbackup.Listener(wire, [endpoint], zbackup.Door(), said.append)
     assert tried == [endpoint] * 4 and len(said) == 1 and endpoint in said[0]
 
 
