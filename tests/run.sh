@@ -17,7 +17,7 @@ if [ $# -gt 0 ]; then
 fi
 rm -f .coverage .coverage.*
 # In two lots: what measures memory and time must have the machine to itself.
-"$venv/bin/python" -m coverage run -m pytest -q -rs -n 2 --timeout 300 -m "not alone" tests
+"$venv/bin/python" -m coverage run -m pytest -q -rs -n 3 --timeout 300 -m "not alone" tests
 "$venv/bin/python" -m coverage run -m pytest -q -rs -m alone tests
 "$venv/bin/python" -m coverage combine --quiet
 "$venv/bin/python" -m coverage report --fail-under=95
