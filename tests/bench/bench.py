@@ -14,11 +14,13 @@ import json
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from workloads import Maker, Step, Workload, list_workloads
 # Files younger than a second or two are read again by several tools, whatever their times say (a change within one
 # tick of the clock would be missed). Files in real life are older; here all wait until theirs are.
 SETTLE = 3.0
+HURRY = 1.1  # rdiff-backup cannot make two versions within one second
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Plan:
     only: tuple[str, ...]
     folder: Path
     named: bool  # the tools were named, so the big rows take them all, too
+    quick: bool  # nothing waits for timestamps or disks: what it measures is worth nothing
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Bench:
         self.records: list[Record] = []
         self.commands: dict[str, str] = {}
         self.skipped: list[str] = []
+        self.failures: list[str] = []
         self.keys = plan.folder / "keys"
         if any("sshd" in peer.programs for peer in self.peers.values()):
             make_keys(self.keys)
@@ -76,19 +81,29 @@ class Bench:
     def run(self) -> None:
         workloads = list_workloads(self.plan.scale)
         for name in (*workloads, *FLEETS):
-            if self.plan.only and name not in self.plan.only:
+            workload = workloads.get(name)
+            if name not in self.plan.only if self.plan.only else workload and workload.extra:
                 continue
-            for number in range(self.plan.rounds):
-                say(f"{name}, round {number + 1} of {self.plan.rounds}")
-                if name in FLEETS:
-                    self.run_fleet(name, number)
+            rounds = 1 if workload and workload.long else self.plan.rounds
+            for number in range(rounds):
+                say(f"{name}, round {number + 1} of {rounds}")
+                if workload:
+                    self.run_round(workload, number)
                 else:
-                    self.run_round(workloads[name], number)
+                    self.run_fleet(name, number)
 
     def run_fleet(self, name: str, number: int) -> None:
         if "zbackup-no-latest" in self.peers:
             hall = Hall(self.lab, self.plan.folder / "hall", self.plan.scale, self.sources)
-            self.records += FLEETS[name](hall, number)
+            try:
+                self.records += FLEETS[name](hall, number)
+            except Failed as problem:
+                self.fail(f"{name}: {problem}")
+
+    def fail(self, problem: str) -> None:
+        """Remember what went wrong: the run goes on, and ends with exit code 1."""
+        self.failures.append(problem)
+        say(f"FAILED: {problem}")
 
     def run_round(self, workload: Workload, number: int) -> None:
         """Run a workload once, with all tools together, or with each alone where space asks for it."""
@@ -103,7 +118,7 @@ class Bench:
                 shutil.rmtree(folder)
 
     def has_room(self, workload: Workload, tools: int) -> bool:
-        needed = workload.disk * self.plan.scale * (tools + 1)
+        needed = self.plan.scale * (workload.store * tools + 2 * workload.data)
         free = shutil.disk_usage(self.plan.folder).free
         if free < needed:
             self.skipped.append(f"{workload.name}: needs {needed / GIB:.0f} GiB of disk, {free / GIB:.0f} are free")
@@ -127,15 +142,15 @@ class Round:
         self.data.mkdir(parents=True)
         self.change(steps[0], 0)
         with self.opened_peers() as peers:
+            self.each(peers, lambda peer: peer.prepare())
             for number, step in enumerate(steps):
                 if number:
                     self.change(step, number)
-                self.settle()
-                for peer in peers:
-                    self.back_up(peer, step, number)
+                time.sleep(HURRY if self.turn.plan.quick else SETTLE)
+                self.each(peers, partial(self.back_up, step=step, number=number))
             for row, version in self.turn.workload.restores:
-                for peer in peers:
-                    self.restore(peer, version % len(steps), row)
+                number = version % len(steps)
+                self.each(peers, partial(self.restore, number=number, row=row))
 
     @contextlib.contextmanager
     def opened_peers(self) -> Iterator[list[Peer]]:
@@ -143,12 +158,20 @@ class Round:
         with contextlib.ExitStack() as stack:
             peers = []
             for name in self.names:
-                yard = Yard(
-                    self.bench.lab, self.turn.folder / name, self.data, self.turn.workload.versions, self.bench.keys
-                )
+                folder = self.turn.folder / name
+                yard = Yard(self.bench.lab, folder, self.data, self.turn.workload.versions, self.bench.keys)
                 peers.append(PEERS[name](yard))
                 stack.callback(peers[-1].close)
             yield peers
+
+    def each(self, peers: list[Peer], do: Callable[[Peer], None]) -> None:
+        """Do something with each tool; one that fails is named and takes no further part in this round."""
+        for peer in list(peers):
+            try:
+                do(peer)
+            except (Failed, OSError, LookupError) as problem:
+                self.bench.fail(f"{self.turn.workload.name}, {peer.name}: {problem}")
+                peers.remove(peer)
 
     def change(self, step: Step, number: int) -> None:
         """Make the next version of the data."""
@@ -164,15 +187,22 @@ class Round:
         if self.is_checked(number):
             self.expected[number] = trees.digest_tree(self.data)
 
-    def settle(self) -> None:
-        """Let the timestamps grow old."""
-        time.sleep(SETTLE)
-
     def is_checked(self, number: int) -> bool:
-        """Each version is checked; of a row of many only those that are restored."""
+        """Each version is checked; of many only those that are restored in the end."""
+        return self.is_checked_at_once() or number in self.restored()
+
+    def is_checked_at_once(self) -> bool:
+        return not (self.turn.workload.versions or self.turn.plan.quick)
+
+    def restored(self) -> set[int]:
+        """Return the versions that are rows of the table."""
         workload = self.turn.workload
-        wanted = {version % len(workload.steps) for _, version in workload.restores}
-        return not workload.versions or number in wanted
+        return {version % len(workload.steps) for _, version in workload.restores}
+
+    def sync(self) -> None:
+        """Have all on the disk that was written before."""
+        if not self.turn.plan.quick:
+            os.sync()
 
     def measure(self, peer: Peer, row: str, number: int) -> Cost:
         """Make the copy with nothing left to write from before, and all that it reads in the cache."""
@@ -180,19 +210,19 @@ class Round:
         said = str(command).replace(str(self.turn.folder), "…")
         self.bench.commands.setdefault(peer.name, said)
         trees.warm(self.data)
-        os.sync()
+        self.sync()
         return peer.team.measure(command, f"{row}-{number}")
 
     def back_up(self, peer: Peer, step: Step, number: int) -> None:
         before = trees.measure_size(peer.store).allocated
         cost = self.measure(peer, step.row, number)
         self.keep(peer, step.row, cost, before)
-        if self.is_checked(number) and not self.turn.workload.versions:
+        if self.is_checked_at_once():
             self.restore(peer, number)
 
     def keep(self, peer: Peer, row: str, cost: Cost, before: int) -> None:
         """Add a record; what was written must be on the disk to have its size."""
-        os.sync()
+        self.sync()
         name = (row, peer.name, self.turn.number)
         size = trees.measure_size(peer.store)
         self.bench.records.append(make_record(name, cost, size, self.size, before))
@@ -203,7 +233,7 @@ class Round:
         if number != len(self.turn.workload.steps) - 1 and not peer.keeps_all() and row:
             return
         to = self.turn.folder / "restored"
-        os.sync()
+        self.sync()
         cost = peer.team.measure(peer.restore(number, to), row or "check")
         differences = trees.compare(self.expected[number], trees.digest_tree(peer.root(to)))
         shutil.rmtree(to)
@@ -233,7 +263,9 @@ def gather_facts(bench: Bench, took: float) -> dict[str, Any]:
         "scale": plan.scale,
         "rounds": plan.rounds,
         "minutes": round(took / 60, 1),
+        "worth": "nothing: a quick run" if plan.quick else "the targets are meant for scale 1",
         "left out": "; ".join(bench.skipped) or "nothing",
+        "failed": "; ".join(problem.splitlines()[0] for problem in bench.failures) or "nothing",
         "versions": {name: peer.version() for name, peer in bench.peers.items()},
         "commands": bench.commands,
     }
@@ -250,10 +282,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw a picture of the wall times")
     parser.add_argument("--limit", type=float, default=7200, metavar="S", help="seconds one command may take")
+    parser.add_argument("--quick", action="store_true", help="wait for nothing: for tests, not for figures")
     options = parser.parse_args(arguments)
     if not set(options.peers or ()) <= set(PEERS):
         parser.error(f"--peers: choose from {', '.join(PEERS)}")
     return options
+
+
+def make_plan(options: argparse.Namespace, folder: Path) -> Plan:
+    return Plan(
+        options.scale,
+        options.rounds,
+        tuple(options.peers or PEERS),
+        tuple(options.only or ()),
+        folder,
+        bool(options.peers),
+        options.quick,
+    )
 
 
 def write_results(bench: Bench, options: argparse.Namespace, took: float) -> None:
@@ -270,21 +315,22 @@ def write_results(bench: Bench, options: argparse.Namespace, took: float) -> Non
 def main() -> int:
     options = parse()
     begin = time.monotonic()
+    # Ended from outside, it still ends what it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     # Below a folder that is gone at the end; its path is resolved, since the tools store what they see.
     with tempfile.TemporaryDirectory(prefix="zbackup-bench-", dir=options.work) as folder:
         peers = tuple(options.peers or PEERS)
         place = Path(folder).resolve()
-        plan = Plan(options.scale, options.rounds, peers, tuple(options.only or ()), place, bool(options.peers))
+        plan = Plan(
+            options.scale, options.rounds, peers, tuple(options.only or ()), place, bool(options.peers), options.quick
+        )
         with opened_lab(place, options.limit) as lab:
             bench = Bench(plan, lab)
             try:
                 bench.run()
-            except Failed as problem:
-                say(f"FAILED: {problem}")
-                return 1
             finally:
                 write_results(bench, options, time.monotonic() - begin)
-    return 0
+    return 1 if bench.failures else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
-POOL = 16 * MIB
+POOL = 32 * MIB
 LETTERS = b"etaoinshrdlucmfwypvbgkjqxz"
 
 
@@ -26,12 +26,17 @@ class Source:
     pool: bytes
 
     def text(self, size: int) -> bytes:
-        """Return `size` bytes of words; pieces of the pool at random offsets are hardly ever twice the same."""
+        """Return `size` bytes of words: pieces of the pool from random places.
+
+        The pieces are short, so that no chunk of any tool is there twice: with long ones, those tools that cut by
+        content would find the same chunks again in data that has none.
+        """
         parts = []
         while size > 0:
-            start = self.rng.randrange(len(self.pool) // 2)
-            parts.append(self.pool[start : start + size])
-            size -= len(parts[-1])
+            piece = min(size, self.rng.randint(400, 4000))
+            start = self.rng.randrange(len(self.pool) - piece)
+            parts.append(self.pool[start : start + piece])
+            size -= piece
         return b"".join(parts)
 
     def noise(self, size: int) -> bytes:
@@ -60,7 +65,7 @@ class Sources:
 
     def __init__(self, scale: float) -> None:
         # A small run does not wait for the whole pool; the pool only has to be large beside one window of zstd.
-        self.pool = make_pool(POOL if scale >= 0.1 else POOL // 16)
+        self.pool = make_pool(POOL if scale >= 0.1 else POOL // 32)
 
     def seeded(self, *names: object) -> Source:
         return Source(random.Random("/".join(str(name) for name in names)), self.pool)

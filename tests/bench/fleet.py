@@ -81,6 +81,7 @@ def run_sweep(hall: Hall, plan: Sweep, size: int, number: int) -> Record:
         (folder / "file").write_bytes(source.mixed(max(1, size // count)))
     fleet = Fleet(Yard(hall.lab, hall.folder / Fleet.name, hall.folder / "data"))
     try:
+        fleet.prepare()
         fleet.start(plan)
         trees.warm(fleet.data)
         cost = fleet.team.measure(fleet.backup(0), plan.row)
@@ -92,7 +93,7 @@ def run_sweep(hall: Hall, plan: Sweep, size: int, number: int) -> Record:
 
 
 def fleet_size(scale: float) -> int:
-    return 50 if scale >= SMALLEST else 4
+    return 50 if scale >= SMALLEST else 3
 
 
 def run_sweeps(hall: Hall, number: int) -> list[Record]:

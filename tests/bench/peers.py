@@ -19,7 +19,7 @@ from lab import Command, Failed, Lab, Team, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = f"{os.environ.get('PATH', '/bin')}:/usr/sbin:/sbin:/usr/local/bin"
-START = 20.0  # seconds that a server gets to listen
+START = 60.0  # seconds that a server gets to listen
 
 
 def find_program(name: str) -> str | None:
@@ -52,7 +52,6 @@ class Peer:
         self.team = Team(yard.lab, yard.folder / "logs")
         for side in ("machine", "vault"):
             (yard.folder / side).mkdir()
-        self.prepare()
 
     @classmethod
     def missing(cls) -> str:
@@ -64,7 +63,7 @@ class Peer:
         return first_line(find_program(cls.programs[0]) or "false", "--version")
 
     def prepare(self) -> None:
-        """Make the store and start the servers; not measured."""
+        """Make the store and start the servers; not measured. Call `close` even when this fails."""
         self.store.mkdir(mode=0o700)
 
     def backup(self, number: int) -> Command:
@@ -167,7 +166,10 @@ class Zbackup(Peer):
         return self.program("vault", "server", "--once", *where, "--store", str(self.store), *self.flags)
 
     def folder_of_node(self) -> Path:
-        return next(path for path in self.store.iterdir() if (path / "snapshots").is_dir())
+        found = [path for path in self.store.iterdir() if (path / "snapshots").is_dir()]
+        if len(found) != 1:
+            raise Failed(f"the store has {len(found)} nodes, not one")
+        return found[0]
 
     def restore(self, number: int, to: Path) -> Command:
         node = self.folder_of_node()

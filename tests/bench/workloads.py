@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import data
@@ -43,9 +43,12 @@ class Workload:
     name: str
     steps: tuple[Step, ...]
     restores: tuple[tuple[str, int], ...]  # row and version (negative: from the last one)
-    disk: float  # bytes at full scale that one tool needs: its store and one restored tree
+    data: float  # bytes at full scale on the disk
+    store: float  # the same of the store of one tool, at most
     versions: bool = False  # older versions must be restorable; each tool has its turn alone, for want of space
     peers: tuple[str, ...] = ()  # the tools, where all would take a day
+    long: bool = False  # one round is enough: it takes long, or adds up many copies
+    extra: bool = False  # only run when it is named
 
 
 OWN = ("zbackup", "zbackup-no-latest")
@@ -121,81 +124,112 @@ def fill_big(root: Path, make: Maker) -> None:
     data.fill_sparse(root / "big", make.source, 1 / 16)
 
 
+def first_smoke(root: Path, make: Maker) -> None:
+    first_small(root / "files", make)
+    first_sqlite(root, make)
+
+
+# Those that show memory and growth come last: they take longest.
+WORKLOADS = (
+    Workload(
+        "sqlite",
+        (Step("sqlite-first", first_sqlite), Step("sqlite-1%", next_sqlite), Step("sqlite-same", None)),
+        (("sqlite-restore", -1),),
+        GIB,
+        2 * GIB,
+    ),
+    Workload(
+        "small",
+        (Step("small-first", first_small), Step("small-same", None)),
+        (("small-restore", -1),),
+        1.4 * GIB,
+        2 * GIB,
+    ),
+    Workload(
+        "dump",
+        (Step("dump-first", first_dump), Step("dump-insert", scatter_dump), Step("dump-runs", cluster_dump)),
+        (("dump-restore", -1),),
+        GIB,
+        1.5 * GIB,
+    ),
+    Workload(
+        "tar",
+        (Step("tar-first", make_tar(0), "tar"), Step("tar-change", make_tar(0.01), "tar")),
+        (("tar-restore", -1),),
+        GIB / 2,
+        GIB,
+    ),
+    Workload(
+        "log",
+        (
+            Step("log-first", first_log),
+            Step("log-append", append_log),
+            Step("log-rotate", rotate_log),
+            Step("log-prepend", prepend_log),
+        ),
+        (("log-restore", -1),),
+        GIB / 2,
+        GIB,
+    ),
+    Workload(
+        "vm-image",
+        (Step("vm-first", first_image), Step("vm-changed", next_image)),
+        (("vm-restore", -1),),
+        3 * GIB,
+        5 * GIB,
+    ),
+    Workload(
+        "versions-20",
+        (
+            Step("versions-20", first_sqlite),
+            *[Step("versions-20", next_sqlite)] * 19,
+        ),
+        (("versions-first", 0), ("versions-last", -1)),
+        GIB,
+        21 * GIB,
+        versions=True,
+        long=True,
+    ),
+    Workload(
+        "quarter-million-files",
+        (Step("quarter-first", make_many(250_000)), Step("quarter-same", None)),
+        (("quarter-restore", -1),),
+        1.2 * GIB,
+        2 * GIB,
+        peers=OWN,
+        long=True,
+    ),
+    Workload(
+        "million-files",
+        (Step("million-first", make_many(1_000_000)), Step("million-same", None)),
+        (("million-restore", -1),),
+        4.5 * GIB,
+        7 * GIB,
+        peers=OWN,
+        long=True,
+    ),
+    Workload(
+        "big-file-64g",
+        (Step("big-sparse", first_big), Step("big-dense", fill_big)),
+        (("big-restore", -1),),
+        4 * GIB,
+        9 * GIB,
+        peers=OWN,
+        long=True,
+    ),
+    Workload(
+        "smoke",
+        (Step("smoke-first", first_smoke), Step("smoke-change", next_sqlite)),
+        (("smoke-older", 0), ("smoke-restore", -1)),
+        GIB,
+        3 * GIB,
+        extra=True,
+    ),
+)
+
+
 def list_workloads(scale: float) -> dict[str, Workload]:
-    """Return all workloads by name; those that show memory and growth come last, they take longest."""
-    versions = 20 if scale >= SMALLEST else 3
-    found = (
-        Workload(
-            "sqlite",
-            (Step("sqlite-first", first_sqlite), Step("sqlite-1%", next_sqlite), Step("sqlite-same", None)),
-            (("sqlite-restore", -1),),
-            4 * GIB,
-        ),
-        Workload(
-            "small",
-            (Step("small-first", first_small), Step("small-same", None)),
-            (("small-restore", -1),),
-            5 * GIB,
-        ),
-        Workload(
-            "dump",
-            (Step("dump-first", first_dump), Step("dump-insert", scatter_dump), Step("dump-runs", cluster_dump)),
-            (("dump-restore", -1),),
-            3 * GIB,
-        ),
-        Workload(
-            "tar",
-            (Step("tar-first", make_tar(0), "tar"), Step("tar-change", make_tar(0.01), "tar")),
-            (("tar-restore", -1),),
-            2 * GIB,
-        ),
-        Workload(
-            "log",
-            (
-                Step("log-first", first_log),
-                Step("log-append", append_log),
-                Step("log-rotate", rotate_log),
-                Step("log-prepend", prepend_log),
-            ),
-            (("log-restore", -1),),
-            GIB,
-        ),
-        Workload(
-            "vm-image",
-            (Step("vm-first", first_image), Step("vm-changed", next_image)),
-            (("vm-restore", -1),),
-            7 * GIB,
-        ),
-        Workload(
-            "versions-20",
-            (
-                Step("versions-20", first_sqlite),
-                *[Step("versions-20", next_sqlite, f"v{i}") for i in range(1, versions)],
-            ),
-            (("versions-first", 0), ("versions-last", -1)),
-            26 * GIB,
-            versions=True,
-        ),
-        Workload(
-            "quarter-million-files",
-            (Step("quarter-first", make_many(250_000)), Step("quarter-same", None)),
-            (("quarter-restore", -1),),
-            4 * GIB,
-            peers=OWN,
-        ),
-        Workload(
-            "million-files",
-            (Step("million-first", make_many(1_000_000)), Step("million-same", None)),
-            (("million-restore", -1),),
-            14 * GIB,
-            peers=OWN,
-        ),
-        Workload(
-            "big-file-64g",
-            (Step("big-sparse", first_big), Step("big-dense", fill_big)),
-            (("big-restore", -1),),
-            16 * GIB,
-            peers=OWN,
-        ),
-    )
-    return {workload.name: workload for workload in found}
+    """Return all workloads by name; with fewer versions where the run only shows that all works."""
+    if scale >= SMALLEST:
+        return {workload.name: workload for workload in WORKLOADS}
+    return {workload.name: replace(workload, steps=workload.steps[:4]) for workload in WORKLOADS}
