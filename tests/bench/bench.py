@@ -219,6 +219,13 @@ class Round:
         self.keep(peer, step.row, cost, before)
         if self.is_checked_at_once():
             self.restore(peer, number)
+        if self.is_checked(number):
+            self.complain(peer, number, peer.check(self.expected[number]))
+
+    def complain(self, peer: Peer, number: int, differences: list[str]) -> None:
+        """End the tool's part in this round if it did not keep what it was given."""
+        if differences:
+            raise Failed("\n".join([f"{peer.name} restores version {number} wrong:", *differences]))
 
     def keep(self, peer: Peer, row: str, cost: Cost, before: int) -> None:
         """Add a record; what was written must be on the disk to have its size."""
@@ -237,8 +244,7 @@ class Round:
         cost = peer.team.measure(peer.restore(number, to), row or "check")
         differences = trees.compare(self.expected[number], trees.digest_tree(peer.root(to)))
         shutil.rmtree(to)
-        if differences:
-            raise Failed("\n".join([f"{peer.name} restores version {number} wrong:", *differences]))
+        self.complain(peer, number, differences)
         if row:
             self.keep(peer, row, cost, trees.measure_size(peer.store).allocated)
 

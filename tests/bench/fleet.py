@@ -49,7 +49,7 @@ class Fleet(ZbackupNoLatest):
         where = (*self.plan.where, "--port", str(self.port))
         return self.program("vault", "server", "--once", *where, "--store", str(self.store), *self.flags)
 
-    def check(self, to: Path) -> None:
+    def check_all(self, to: Path) -> None:
         """Restore each node and compare it with its folder."""
         for i, address in enumerate(self.plan.addresses):
             source = self.data if self.plan.one else self.data / f"{i:02}"
@@ -85,7 +85,7 @@ def run_sweep(hall: Hall, plan: Sweep, size: int, number: int) -> Record:
         fleet.start(plan)
         trees.warm(fleet.data)
         cost = fleet.team.measure(fleet.backup(0), plan.row)
-        fleet.check(hall.folder / "restored")
+        fleet.check_all(hall.folder / "restored")
         return make_record((plan.row, fleet.name, number), cost, trees.measure_size(fleet.store), size)
     finally:
         fleet.close()

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import trees
 from lab import Command, Failed, Lab, Team, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +82,10 @@ class Peer:
     def keeps_all(self) -> bool:
         """Return whether the older versions can be restored."""
         return True
+
+    def check(self, expected: dict[str, str]) -> list[str]:
+        """Return what is wrong with files that the tool keeps besides its versions."""
+        return []
 
     def on(self, side: str, *argv: str, **env: str) -> Command:
         """Return a command of one side, in a home of its own: no settings or caches of the user count."""
@@ -170,6 +175,13 @@ class Zbackup(Peer):
         if len(found) != 1:
             raise Failed(f"the store has {len(found)} nodes, not one")
         return found[0]
+
+    def check(self, expected: dict[str, str]) -> list[str]:
+        """Compare `latest`, whose modes are the store's own: it gives other users nothing."""
+        if "--no-latest" in self.flags:
+            return []
+        found = trees.digest_tree(self.folder_of_node() / "latest" / self.data.name)
+        return trees.compare(trees.drop_modes(expected), trees.drop_modes(found))
 
     def restore(self, number: int, to: Path) -> Command:
         node = self.folder_of_node()

@@ -130,6 +130,7 @@ COLOURS = {
 # Grey that can be read on white and on black, for viewers that do not say which they have.
 STYLE = (
     "text{font:11px system-ui,sans-serif;fill:#7a7f87}.n{font-weight:600}.h{font-size:13px;font-weight:600}"
+    ".l{stroke:#7a7f87;stroke-opacity:.5;stroke-dasharray:2 3}"
     "@media(prefers-color-scheme:dark){text{fill:#b1bac4}}"
     "@media(prefers-color-scheme:light){text{fill:#424a53}}"
 )
@@ -192,7 +193,9 @@ def write_svg(table: Table) -> str:
         y, drawn = draw_row(y, row, peers)
         parts += drawn
     one = LEFT + (RIGHT - LEFT) / MOST
-    line = f'<path d="M{one:.1f} 34V{y - 10:g}" stroke="#7a7f87" stroke-dasharray="2 3" fill="none"/>'
+    line = (
+        f'<path d="M{one:.1f} 34V{y - 10:g}" stroke="#7a7f87" stroke-opacity="0.5" stroke-dasharray="2 3" fill="none"/>'
+    )
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y:g}" role="img" aria-labelledby="t d">'
     words = f'<title id="t">{title}</title><desc id="d">{escape(describe_rows(ratios))}</desc>'
     return "\n".join([head, words, f"<style>{STYLE}</style>", line, *parts, "</svg>", ""])

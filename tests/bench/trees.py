@@ -41,17 +41,23 @@ def measure_size(root: Path) -> Size:
     return Size(sum(a for a, _ in seen.values()), sum(b for _, b in seen.values()))
 
 
-def digest_tree(root: Path, modes: bool = True) -> dict[str, str]:
+def digest_tree(root: Path) -> dict[str, str]:
     """Return, for each path below `root`, its kind, mode, and what it holds."""
     start = len(str(root)) + 1
-    return {entry.path[start:]: describe(entry, modes) for entry in walk(root)}
+    return {entry.path[start:]: describe(entry) for entry in walk(root)}
 
 
-def describe(entry: os.DirEntry[str], modes: bool) -> str:
+def drop_modes(digests: dict[str, str]) -> dict[str, str]:
+    """Return the digests without the modes of files and folders."""
+    words = {path: said.split(" ") for path, said in digests.items()}
+    return {path: " ".join(word if word[0] == "link" else word[:1] + word[2:]) for path, word in words.items()}
+
+
+def describe(entry: os.DirEntry[str]) -> str:
     what = entry.stat(follow_symlinks=False)
     if stat.S_ISLNK(what.st_mode):
         return f"link {os.readlink(entry.path)}"
-    mode = f"{stat.S_IMODE(what.st_mode):o}" if modes else ""
+    mode = f"{stat.S_IMODE(what.st_mode):o}"
     if stat.S_ISDIR(what.st_mode):
         return f"folder {mode}"
     return f"file {mode} {what.st_size} {digest_file(entry.path)}"
