@@ -93,7 +93,7 @@ def run_sweep(hall: Hall, plan: Sweep, size: int, number: int) -> Record:
 
 
 def fleet_size(scale: float) -> int:
-    return 50 if scale >= SMALLEST else 3
+    return 50 if scale >= SMALLEST else 2
 
 
 def run_sweeps(hall: Hall, number: int) -> list[Record]:

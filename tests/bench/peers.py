@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import trees
@@ -117,6 +118,7 @@ class Peer:
         shutil.rmtree(self.yard.folder)
 
 
+@cache
 def first_line(*argv: str) -> str:
     done = subprocess.run(argv, capture_output=True, text=True)
     return ((done.stdout + done.stderr).splitlines() or ["?"])[0].strip()
