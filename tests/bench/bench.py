@@ -271,7 +271,7 @@ def gather_facts(bench: Bench, took: float) -> dict[str, Any]:
         "minutes": round(took / 60, 1),
         "worth": "nothing: a quick run" if plan.quick else "the targets are meant for scale 1",
         "left out": "; ".join(bench.skipped) or "nothing",
-        "failed": "; ".join(problem.splitlines()[0] for problem in bench.failures) or "nothing",
+        "failed": "; ".join(problem.partition(":")[0] for problem in bench.failures) or "nothing",
         "versions": {name: peer.version() for name, peer in bench.peers.items()},
         "commands": bench.commands,
     }

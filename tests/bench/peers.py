@@ -243,6 +243,12 @@ class OverSsh(Peer):
 
     host = "machine"  # the side that is logged in to
 
+    @classmethod
+    def missing(cls) -> str:
+        """Return what is not installed; sshd runs its commands by the user's own shell."""
+        shell = pwd.getpwuid(os.getuid()).pw_shell
+        return super().missing() or ("a login shell" if shell.endswith(("nologin", "false")) else "")
+
     def prepare(self) -> None:
         super().prepare()
         self.config = self.yard.folder / "ssh_config"
