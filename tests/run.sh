@@ -12,6 +12,7 @@ fi
 "$venv/bin/ruff" check zbackup.py tests
 "$venv/bin/ruff" format --check --quiet zbackup.py tests
 "$venv/bin/mypy" --strict zbackup.py
+"$venv/bin/mypy" --strict tests/bench/*.py
 if [ $# -gt 0 ]; then
     exec "$venv/bin/python" -m pytest "$@"
 fi
