@@ -457,3 +457,30 @@ def test_unit_files_expose_little(units: Path) -> None:
             assert found, done.stdout + done.stderr
             figures[name] = float(found[1])
     assert len(figures) == 3 and max(figures.values()) < 2.5, figures
+
+
+def test_units_start_both_roles_as_systemd_would(world: World) -> None:
+    """Without a home, with the folders that systemd makes, from the folder that the unit names."""
+    (world.files / "a").write_text("of a machine with systemd")
+    flags = ["--port", str(world.port)]
+    units = {
+        "node": print_unit(world, "node", "--bind", "127.0.0.9", *flags, "--server-key", world.key())[1],
+        "server": print_unit(world, "server", "--range", "9", "--once", *flags, "--store", "backups")[1],
+    }
+    state = world.path / "var"
+    state.mkdir(mode=0o700)
+    env = {"PATH": world.env["PATH"], "STATE_DIRECTORY": str(state), "CACHE_DIRECTORY": str(state)}
+    start = {role: (split_unit_line(unit["ExecStart"]), unit["WorkingDirectory"]) for role, unit in units.items()}
+    (world.path / "files/bd").write_text("what a node serves where no --file says another thing")
+    with subprocess.Popen(
+        start["node"][0], cwd=start["node"][1], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as node:
+        try:
+            assert node.stdout and "serving files/bd at 127.0.0.9" in node.stdout.readline()
+            done = subprocess.run(start["server"][0], cwd=start["server"][1], env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        finally:
+            node.terminate()
+            node.communicate(timeout=20)
+    assert (node.returncode, sorted(path.name for path in state.iterdir())) == (0, [f"node-127.0.0.9-{world.port}"])
+    assert (world.store / "127.0.0.9/latest/files/bd").exists()
