@@ -1964,17 +1964,18 @@ class Peer:
                 raise NodeError("the copy took longer than --longest allows; the next one goes on from here", "long")
             if message is None and LOST in self.events:
                 raise NodeError("the connection to the node was lost", "lost")
-            if message is None and now > min(quiet, end):
-                raise NodeError(f"the node did not answer within {min(timeout, longest):g} s", "silent")
+            if message is None and now > quiet:
+                raise NodeError(f"the node did not answer within {timeout:g} s", "silent")
+            if message and message.kind != WORKING:
+                return self._hand_on(message)
+            if now > end:
+                what = "was still working after" if signs or message else "did not answer within"
+                raise NodeError(f"the node {what} {longest:g} s", "silent")
             if message is None:
                 continue
-            if message.kind != WORKING:
-                return self._hand_on(message)
             signs += 1
             if signs > WORKING_LIMIT * (1 + now - start):
                 raise ProtocolError("floods the server with signs of work")
-            if now > end:
-                raise NodeError(f"the node was still working after {longest:g} s", "silent")
             quiet = now + timeout
 
     def _hand_on(self, message: Message) -> None:

@@ -609,7 +609,7 @@ def test_store_locked_by_a_run_that_deletes(small: World) -> None:
     command = [sys.executable, "-c", holder, str(small.store / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout and other.stdout.readline() == b"held\n"
-        said = small.run(*small.server_flags(), code=4)
+        said = small.run(*small.server_flags("--lock-wait", "2s"), code=4)
         other.kill()
     assert said.stderr.count("\n") == 1 and "locked by another run" in said.stderr
     small.sweep()
