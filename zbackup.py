@@ -105,6 +105,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NoReturn
 
 if TYPE_CHECKING:
+    import ipaddress
     import socket
     import sqlite3
 
@@ -1711,12 +1712,13 @@ def decode_message(frames: Sequence[Any], head_limit: int = HEAD_LIMIT) -> Messa
     head, body = frames[0].buffer, frames[1].buffer
     if len(head) > head_limit or len(body) > BODY_LIMIT:
         raise ProtocolError(f"sent a message of {len(head)} + {len(body)} bytes, beyond the limit")
-    if bytes(head).count(b"[") + bytes(head).count(b"{") > NEST_LIMIT:
+    text = bytes(head)
+    if text.count(b"[") + text.count(b"{") > NEST_LIMIT:
         raise ProtocolError("sent a message of too many parts")
     try:
-        fields = Fields(head, "its message")
+        fields = Fields(text, "its message")
         kind, number = fields.text("kind", limit=20), fields.integer("number")
-        return Message(kind, number, fields, body, len(head) + len(body))
+        return Message(kind, number, fields, body, len(text) + len(body))
     except FormatError as error:
         raise ProtocolError(f"sent what is no message: {error}") from None
 
@@ -2130,16 +2132,21 @@ class Request:
     message: Message
 
 
-def is_loopback(address: str) -> bool:
-    """Tell whether a peer's address is of the machine itself."""
+def parse_number(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Return the address that a text is as a number; None for a name."""
     import ipaddress
 
     try:
-        found = ipaddress.ip_address(address)
+        return ipaddress.ip_address(text)
     except ValueError:
-        return False
-    mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
+        return None
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether a peer's address is of the machine itself."""
+    found = parse_number(address)
+    mapped = getattr(found, "ipv4_mapped", None) or found
+    return mapped is not None and bool(mapped.is_loopback)
 
 
 def can_bind_to_loopback() -> bool:
@@ -6313,24 +6320,13 @@ class Target:
     note: str = ""
 
 
-def is_number(text: str) -> bool:
-    """Tell whether `text` is an address rather than a name."""
-    import ipaddress
-
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _plan_target(hello: Hello, addresses: tuple[Address, ...], taken: set[str]) -> Target:
     """Return the target of a node that is new, with a folder that is not in `taken`, which has the names in lower case.
 
     Its folder has the name that the node asks for, unless that is another's or looks like an address.
     """
     first = addresses[0]
-    wish = name_folder(hello.folder[:100]) if hello.folder and not is_number(hello.folder) else ""
+    wish = name_folder(hello.folder[:100]) if hello.folder and parse_number(hello.folder) is None else ""
     plain = name_folder(first.host)
     names = [*([wish] if wish else []), plain, *([f"{plain}-{first.port}"] if first.port != PORT else [])]
     last = f"{plain}-{name_short(hello.identity)}"

@@ -251,21 +251,29 @@ def count_descriptors(process: Process) -> int:
 
 
 @contextlib.contextmanager
-def watched(pid: int) -> Iterator[list[int]]:
-    """Watch the most memory that a process takes until it ends; it stands in the list."""
-    most, over = [0], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            most[0] = max(most[0], read_memory(pid))
-
-    thread = threading.Thread(target=watch)
+def beside(run: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Let a function run in a thread until the block is over, which it is told by the event."""
+    over = threading.Event()
+    thread = threading.Thread(target=run, args=(over,))
     thread.start()
     try:
-        yield most
+        yield
     finally:
         over.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def watched(pid: int) -> Iterator[list[int]]:
+    """Watch the most memory that a process takes until it ends; it stands in the list."""
+    most = [0]
+
+    def watch(over: threading.Event) -> None:
+        while not over.wait(0.02):
+            most[0] = max(most[0], read_memory(pid))
+
+    with beside(watch):
+        yield most
 
 
 # ---- names that change as fast as they can ----
@@ -292,19 +300,14 @@ def replace(one: Path, other: Path) -> None:
 @contextlib.contextmanager
 def swapped(*pairs: tuple[Path, Path]) -> Iterator[list[int]]:
     """Let the names of each pair change their files without pause; the list counts how often."""
-    count, over = [0], threading.Event()
+    count = [0]
     swap = exchange if exchange(*pairs[0]) else replace
 
-    def run() -> None:
+    def run(over: threading.Event) -> None:
         while not over.is_set():
             for one, other in pairs:
                 swap(one, other)
                 count[0] += 1
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
+    with beside(run):
         yield count
-    finally:
-        over.set()
-        thread.join()
