@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -201,12 +202,21 @@ def held(path: Path | str, how: str) -> Iterator[subprocess.Popen[str]]:
         other.kill()
 
 
+# The kernel gives ports from 32,768 up to whoever connects, so one found free there may be taken the moment after.
+# Each process of pytest has 2,000 below those to itself, and begins somewhere in them.
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw9").removeprefix("gw")) % 10
+_ports = itertools.cycle(range(11_000 + 2_000 * _worker, 13_000 + 2_000 * _worker))
+for _ in range(os.getpid() % 2_000):
+    next(_ports)
+
+
 def find_free_port() -> int:
-    """Return a TCP port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port that nobody listens at, and that no other test is given."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
+    raise AssertionError("unreachable: the ports have no end")
 
 
 def rewrite(path: Path, **changes: object) -> None:
