@@ -5513,20 +5513,25 @@ def make_uri(path: str) -> str:
     return "file:" + urllib.parse.quote(os.fsencode(path))
 
 
-def check_database(path: str, check: str = "quick_check") -> str:
-    """Return what quick_check or integrity_check says of a database at rest; "" when all is well."""
+def run_check(connection: sqlite3.Connection, check: str = "quick_check") -> str:
+    """Return what quick_check or integrity_check says of a database; "" when all is well."""
     import sqlite3
 
-    copy = sqlite3.connect(f"{make_uri(path)}?immutable=1", uri=True)
     try:
-        said = str(copy.execute(f"PRAGMA {check}(1)").fetchone()[0])
+        said = str(connection.execute(f"PRAGMA {check}(1)").fetchone()[0])
     except sqlite3.OperationalError:
         return ""  # it uses what only its own program has, as a collation: nothing can be said
     except sqlite3.DatabaseError as error:
         said = str(error)
-    finally:
-        copy.close()
     return "" if said == "ok" else said
+
+
+def check_database(path: str, check: str = "quick_check") -> str:
+    """Return what quick_check or integrity_check says of a database at rest; "" when all is well."""
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(f"{make_uri(path)}?{IMMUTABLE}", uri=True)) as copy:
+        return run_check(copy, check)
 
 
 def open_database(origin: Origin, way: str, wait: float, clock: Clock) -> sqlite3.Connection:
@@ -5538,7 +5543,9 @@ def open_database(origin: Origin, way: str, wait: float, clock: Clock) -> sqlite
     import sqlite3
 
     before = origin.count_open()
-    connection = sqlite3.connect(f"{make_uri(origin.path)}?{way}", uri=True, timeout=0, isolation_level=None)
+    uri = f"{make_uri(origin.path)}?{way}"
+    # For one thread after the other: a check goes on in a thread of its own.
+    connection = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False)
     end = clock.monotonic() + wait
     while True:
         try:
@@ -5623,6 +5630,55 @@ def copy_database(origin: Origin, target: str, wait: float, clock: Clock) -> str
     raise OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
 
 
+def open_at_rest(origin: Origin, clock: Clock) -> sqlite3.Connection | None:
+    """Return a connection to check a database with that nobody writes, which holds no lock; None where one may.
+
+    It has no log and no journal, and no program is writing it now: else a reader's lock, which is
+    given back at once, would not be had.
+    """
+    import sqlite3
+
+    before = stat_database(origin.path)
+    if any(found and found[0] for found in before[1:]):
+        return None
+    try:
+        if choose_way(origin.path) == READONLY:
+            open_database(origin, READONLY, 0, clock).close()
+        connection = open_database(origin, IMMUTABLE, 0, clock)
+    except (sqlite3.Error, OSError):
+        return None  # whoever copies it finds out what is the matter
+    if before == stat_database(origin.path):
+        return connection
+    connection.close()
+    return None
+
+
+class Check:
+    """SQLite's quick_check of a database, in a thread of its own while the database is read."""
+
+    def __init__(self, connection: sqlite3.Connection, lock: threading.Lock) -> None:
+        self._connection = connection
+        self._lock = lock  # of the spool
+        self._found = ""
+        self._thread = threading.Thread(target=self._run, daemon=True, name="check")
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._found = run_check(self._connection)
+
+    def result(self) -> str:
+        """Wait for the end of the check; returns what it found, "" when all is well."""
+        self._thread.join()
+        return self._found
+
+    def close(self) -> None:
+        """End it, wherever it is."""
+        self._connection.interrupt()
+        self._thread.join()
+        with self._lock:
+            self._connection.close()
+
+
 # ---- reading ----
 
 
@@ -5637,6 +5693,7 @@ class Handle:
     grade: str  # frozen or stable
     xattrs: Mapping[str, str]
     note: str = ""  # what is wrong with it although it could be read
+    check: Check | None = None  # of a database that is read where it lies
 
 
 @dataclass(frozen=True)
@@ -5683,6 +5740,9 @@ def compare_pages(pages: bytes, base: bytes, length: int) -> list[list[int]] | N
     return runs if changed * PAGE * 2 <= max(length, 2 * PAGE) or not changed else None
 
 
+DAMAGED = "SQLite finds damage in the database"
+
+
 class Files:
     """The files that one session reads; keeps the last ones open between two questions."""
 
@@ -5696,23 +5756,34 @@ class Files:
     def close(self) -> None:
         """Close all files; frozen copies go with their last descriptor."""
         while self._handles:
-            os.close(self._handles.popitem()[1].fd)
+            self._close(self._handles.popitem()[1])
+
+    def _close(self, handle: Handle) -> None:
+        if handle.check is None:
+            os.close(handle.fd)
+            return
+        handle.check.close()
+        with self.source.spool.sqlite:
+            os.close(handle.fd)
 
     def handle(self, ask: Ask) -> Handle | None:
         """Return the handle of a file: a new one for chunk 0, the same one for the next chunks."""
         if ask.chunk == 0:
             old = self._handles.pop(ask.path, None)
             if old:
-                os.close(old.fd)
-            self._handles[ask.path] = self._open(ask.path)
+                self._close(old)
+            self._handles[ask.path] = self._open(ask.path, again=old is not None)
             if len(self._handles) > self.MOST:
-                os.close(self._handles.popitem(last=False)[1].fd)
+                self._close(self._handles.popitem(last=False)[1])
         return self._handles.get(ask.path)
 
-    def _open(self, path: bytes) -> Handle:
+    def _open(self, path: bytes, again: bool) -> Handle:
         stat = self._look(path)
         folder, name = self.source.parent(path)
-        return self._freeze(stat, folder, name) if stat.database else self._open_file(path, folder, name)
+        if not stat.database:
+            return self._open_file(path, folder, name)
+        # One that is read again has changed while it was read where it lies.
+        return (None if again else self._open_at_rest(stat, folder, name)) or self._freeze(stat, folder, name)
 
     def _look(self, path: bytes) -> Stat:
         self.source.check(path)
@@ -5749,6 +5820,28 @@ class Files:
         self._cannot_clone.add(device)
         return handle
 
+    def _open_at_rest(self, stat: Stat, folder: int, name: bytes) -> Handle | None:
+        """Return a handle of a database itself where nobody writes it: a change would show in its times."""
+        young = self.source.clock.now() - int(max(self.source.settings.margin, MARGIN) * 1e9)
+        if stat.wal or max(stat.mtime, stat.ctime) > young:
+            return None
+        lock = self.source.spool.sqlite
+        with lock:
+            fd = os.open(name, FILE_FLAGS, dir_fd=folder)
+            try:
+                handle = Handle(stat.path, fd, stat, stat.size, "stable", list_xattrs(fd))
+                origin = Origin(self._find_name(stat.path, folder, name), fd)
+                connection = open_at_rest(origin, self.source.clock)
+                if connection and self._state(handle) == stat.state:
+                    return replace(handle, check=Check(connection, lock))
+                if connection:
+                    connection.close()
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+            return None
+
     def _freeze(self, stat: Stat, folder: int, name: bytes) -> Handle:
         """Return a handle of a copy of a SQLite database that holds all that is committed."""
         import shutil
@@ -5768,7 +5861,7 @@ class Files:
                         raise FileNotFoundError(errno.ENOENT, "replaced while it was copied")
                 finally:
                     os.close(plain)
-            note = f"SQLite finds damage in the database: {found}" if found else ""
+            note = f"{DAMAGED}: {found}" if found else ""
             fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
             return Handle(stat.path, fd, stat, os.fstat(fd).st_size, "frozen", xattrs, note)
         except sqlite3.OperationalError as error:
@@ -5819,15 +5912,25 @@ class Files:
             fields.update(size=handle.size, grade=handle.grade)
             if ask.state != handle.stat.state:
                 fields["line"] = encode_stat(handle.stat).decode("ascii")
-            for name in ("xattrs", "note"):
-                if getattr(handle, name):
-                    fields[name] = getattr(handle, name)
+            if handle.xattrs:
+                fields["xattrs"] = handle.xattrs
+        note = self._note(handle, ask.chunk, offset + max(zeros, 1) * CHUNK)
+        if note:
+            fields["note"] = note
         fields["state"] = self._state(handle)
         if zeros or (data and data == ZEROS[: len(data)]):
             return {**fields, "status": "zeros", "count": zeros or 1}, []
         if not data:
             return {**fields, "status": "end"}, []
         return self._compare(fields, data, ask.pages)
+
+    @staticmethod
+    def _note(handle: Handle, chunk: int, end: int) -> str:
+        """Return what is wrong with a file: at its start or, where a check runs beside the reading, at its end."""
+        if handle.check and end >= handle.size:
+            found = handle.check.result()
+            return f"{DAMAGED}: {found}" if found else ""
+        return handle.note if chunk == 0 else ""
 
     @staticmethod
     def _compare(fields: dict[str, Any], data: bytes, base: bytes) -> tuple[dict[str, Any], list[memoryview]]:
@@ -6992,7 +7095,7 @@ class Reading:
     def _put(self, number: int, got: Got) -> None:
         if number == 0:
             self._content = self.intake.describe(self.slot, got)
-            self.note = got.fields.text("note", "")
+        self.note = self.note or got.fields.text("note", "")
         if got.fields.integers("state", 6, 1 << 64) != self.slot.stat.state:
             self.steady = False
             self._over = not self.last

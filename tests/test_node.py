@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class Reader:
     """What a server gets of a node's files."""
 
     def __init__(self, base: Path, *files: str, **options: Any) -> None:
-        self.source = make_source(base, *files, **options)
+        # Every database is young, so that it is frozen, however slow the machine is.
+        self.source = make_source(base, *files, **{"margin": 3600.0, **options})
         self.files = Files(self.source)
 
     def read(
@@ -137,6 +139,139 @@ def test_companions_of_what_is_no_database_kept(tree: Path, size: int) -> None:
     (tree / "files/bd-journal").write_text("the only way to mend it")
     assert copy(tree)[0]["grade"] == "stable"
     assert b"files/bd-journal" in scan(tree)
+
+
+# ---- databases: read where they lie, when nobody writes them ----
+
+
+def make_later(seconds: float = 60) -> zbackup.Clock:
+    """Return a clock that is ahead, so that all files are old."""
+    clock = zbackup.make_clock()
+    return replace(clock, now=lambda: clock.now() + int(seconds * 1e9))
+
+
+@pytest.fixture
+def reader(tree: Path) -> Iterator[Reader]:
+    """A node for which all files are old."""
+    reader = Reader(tree, clock=make_later(), margin=0.0)
+    yield reader
+    reader.close()
+
+
+@pytest.mark.parametrize("wal", [False, True])
+def test_database_at_rest_read_where_it_lies(tree: Path, reader: Reader, wal: bool) -> None:
+    make_database(tree / "files/bd", rows=20000, wal=wal).close()
+    before = fingerprint(tree / "files")
+    (tree / "spool").chmod(0o500)
+    (tree / "spool").rmdir()  # there is nowhere to put a copy
+    fields, data = reader.copy(b"files/bd")
+    assert (fields["status"], fields["grade"]) == ("whole", "stable")
+    assert data == before["bd"][1]
+    assert "note" not in reader.read(b"files/bd", (len(data) - 1) // CHUNK)[0]
+    assert fingerprint(tree / "files") == before, "nothing is left beside it"
+
+
+def test_database_read_where_it_lies_does_not_hold_its_writers_up(tree: Path, reader: Reader) -> None:
+    connection = make_database(tree / "files/bd", rows=20000)
+    state = reader.read(b"files/bd")[0]["state"]
+    connection.execute("INSERT INTO t VALUES (99999, 'x')")
+    connection.commit()
+    connection.close()
+    fields, _ = reader.read(b"files/bd", 1)
+    assert fields["state"] != state, "the server reads it again"
+    fields, data = reader.copy(b"files/bd")
+    assert fields["grade"] == "frozen", "not in place a second time"
+    assert query(tree, data, "SELECT b FROM t WHERE a = 99999") == [("x",)]
+
+
+@pytest.mark.parametrize("age", [1.9, 2.1])
+def test_young_database_is_frozen(tree: Path, age: float) -> None:
+    """Within MARGIN a second change need not show in its times, whatever --margin says."""
+    make_database(tree / "files/bd").close()
+    found = (tree / "files/bd").stat()
+    clock = replace(zbackup.make_clock(), now=lambda: found.st_ctime_ns + int(age * 1e9))
+    assert copy(tree, clock=clock, margin=0.0)[0]["grade"] == ("frozen" if age < zbackup.MARGIN else "stable")
+
+
+@pytest.mark.parametrize("mode", ["WAL", "DELETE"])
+def test_database_in_use_is_frozen(tree: Path, reader: Reader, mode: str) -> None:
+    """Its log is there, or its journal, or a lock."""
+    connection = make_database(tree / "files/bd", wal=mode == "WAL")
+    connection.execute("INSERT INTO t VALUES (5000, 'late')")
+    if mode == "WAL":
+        connection.commit()
+    fields, data = reader.copy(b"files/bd")
+    assert (fields["grade"], fields.get("note")) == ("frozen", None)
+    assert len(query(tree, data, "SELECT b FROM t WHERE a = 5000")) == (mode == "WAL")
+    connection.close()
+
+
+def test_database_without_a_journal_locked_by_its_writer(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    with held(tree / "files/bd"):
+        fields, _ = copy(tree, clock=make_later(), margin=0.0, locked_timeout=0.3)
+    assert "locked" in fields["error"]
+
+
+def test_database_that_changes_while_it_is_opened_is_frozen(
+    tree: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_database(tree / "files/bd").close()
+    opened = zbackup.open_database
+
+    def open_and_change(origin: zbackup.Origin, way: str, *rest: Any) -> sqlite3.Connection:
+        connection = opened(origin, way, *rest)
+        if way == zbackup.IMMUTABLE:
+            os.utime(tree / "files/bd", ns=(1, 1))
+        return connection
+
+    monkeypatch.setattr(zbackup, "open_database", open_and_change)
+    assert reader.read(b"files/bd")[0]["grade"] == "frozen"
+
+
+def test_database_that_changes_before_it_is_read_where_it_lies_is_frozen(
+    tree: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_database(tree / "files/bd").close()
+    at_rest = zbackup.open_at_rest
+
+    def open_and_change(*arguments: Any) -> Any:
+        found = at_rest(*arguments)
+        os.utime(tree / "files/bd", ns=(1, 1))
+        return found
+
+    monkeypatch.setattr(zbackup, "open_at_rest", open_and_change)
+    assert reader.read(b"files/bd")[0]["grade"] == "frozen"
+
+
+@pytest.mark.parametrize("rows", [500, 20000])
+def test_damage_in_a_database_at_rest_noted_at_its_end(tree: Path, reader: Reader, rows: int) -> None:
+    make_database(tree / "files/bd", rows=rows).close()
+    with open(tree / "files/bd", "r+b") as file:
+        file.seek(10 * PAGE)
+        file.write(b"\xff" * PAGE)
+    last = ((tree / "files/bd").stat().st_size - 1) // CHUNK
+    notes = [reader.read(b"files/bd", number)[0].get("note", "") for number in range(last + 1)]
+    assert [note.partition(":")[0] for note in notes] == [""] * last + [zbackup.DAMAGED]
+
+
+def test_check_of_a_database_ends_with_its_reading(tree: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_database(tree / "files/bd", rows=20000).close()
+    endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT max(x) FROM n"
+    ended: list[str] = []
+
+    def check(connection: sqlite3.Connection) -> str:
+        try:
+            connection.execute(endless).fetchall()
+        except sqlite3.OperationalError as error:
+            ended.append(str(error))
+        return ""
+
+    monkeypatch.setattr(zbackup, "run_check", check)
+    reader.read(b"files/bd")
+    assert ended == []
+    reader.files.close()
+    assert ended == ["interrupted"]
 
 
 # ---- databases: what a copy holds ----
