@@ -2967,8 +2967,10 @@ class Reader:
         return found
 
     def _read_runs(self, place: Place, digest: bytes) -> tuple[Run, ...]:
-        record, data = self._row(place)
-        return (Run(digest, 0, len(data)),) if record.kind == FRAME else decode_patch(bytes(data))
+        record = self.record(place)
+        if record.kind == FRAME:  # its table tells, without its content
+            return (Run(digest, 0, record.rows[place.place][1]),)
+        return decode_patch(bytes(self._row(place)[1]))
 
     def get(self, digest: bytes) -> bytes:
         """Return a chunk, checked; StoreError naming the pack where it is not what it was (I5)."""
@@ -5968,6 +5970,7 @@ class Files:
 # ---- answering ----
 
 BATCH = 256 << 10  # bytes of entries in one answer to LIST
+OUTBOX = 4  # answers, of about 1 MiB each, that wait to be compressed and sent
 HOOK_OUTPUT = 4096  # bytes of a hook's output that are kept
 
 
@@ -6008,6 +6011,56 @@ class Home:
     say: Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a session answers, its body not yet compressed."""
+
+    kind: str
+    number: int
+    fields: dict[str, Any]
+    body: bytes | None = None
+    codec: int = PLAIN
+
+
+def encode_answer(answer: Answer, level: int) -> list[bytes]:
+    """Return the frames of an answer, the body compressed as far as it pays."""
+    if answer.body is None:
+        return encode_message(answer.kind, answer.number, answer.fields)
+    codec, data = compress(answer.codec, answer.body, level)
+    fields = {**answer.fields, "codec": codec, "size": len(answer.body)}
+    return encode_message(answer.kind, answer.number, fields, data)
+
+
+class Outbox:
+    """Compresses and sends a session's answers, in their order, while the session reads what comes next."""
+
+    def __init__(self, home: Home, peer: bytes) -> None:
+        import queue
+
+        self._home = home
+        self._peer = peer
+        self._answers: queue.Queue[Answer | None] = queue.Queue(OUTBOX)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="outbox")
+        self._thread.start()
+
+    def put(self, answer: Answer) -> None:
+        """Send an answer after those before it; waits while too many are on their way."""
+        self._answers.put(answer)
+
+    def close(self) -> None:
+        """Wait until all is sent."""
+        self._answers.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        socket = self._home.listener.reply_socket()
+        for answer in iter(self._answers.get, None):
+            with contextlib.suppress(self._home.wire.zmq.ZMQError):  # the node is ending
+                frames = encode_answer(answer, self._home.settings.level)
+                socket.send_multipart([self._peer, *frames], copy=False)
+        socket.close(linger=1000)
+
+
 class Session:
     """One server's copy of this node, in a thread of its own; answers in the order of the questions."""
 
@@ -6040,7 +6093,7 @@ class Session:
     def _run(self) -> None:
         import queue
 
-        socket = self.home.listener.reply_socket()
+        outbox = Outbox(self.home, self.peer)
         try:
             while not self.over:
                 request = self.questions.get(timeout=self.home.settings.session_timeout)
@@ -6048,21 +6101,18 @@ class Session:
                     break
                 message = request.message
                 self.sign, self.number = self.home.wire.clock.monotonic(), message.number
-                frames = self._answer(message)
+                outbox.put(self._answer(message))
                 self.number = 0
-                socket.send_multipart([self.peer, *frames], copy=False)
                 if message.kind == CLOSE:
                     break
         except queue.Empty:
             self.home.say("a server went away in the middle of a copy")
-        except self.home.wire.zmq.ZMQError:
-            pass  # the node is ending
         finally:
             failure = self._end(wait=not self.home.wire.stop.is_set())
             if failure:
                 self.home.say(f"--after {failure}")
+            outbox.close()
             self.ended = True
-            socket.close(linger=1000)
 
     def _end(self, wait: bool) -> str:
         """Close what is open and run --after; returns what went wrong with it."""
@@ -6076,20 +6126,19 @@ class Session:
         hooked, self._hooked = self._hooked, False
         return run_hook(self.home.settings.after, wait) if hooked and self.home.settings.after else ""
 
-    def _answer(self, message: Message) -> list[bytes]:
+    def _answer(self, message: Message) -> Answer:
         kinds = {LIST: self._list, READ: self._read}
         try:
             if message.kind == OPEN:
-                fields, body = self._open(message), b""
-            elif message.kind == CLOSE:
-                fields, body = self._close(), b""
-            elif message.kind not in kinds:
+                return Answer(message.kind, message.number, self._open(message))
+            if message.kind == CLOSE:
+                return Answer(message.kind, message.number, self._close())
+            if message.kind not in kinds:
                 raise NodeError(f"this node knows no message {show(message.kind)}", "unknown")
-            elif self._copy is None:
+            if self._copy is None:
                 raise NodeError("no copy is open", "closed")
-            else:
-                fields, body = kinds[message.kind](message, self._copy)
-            return encode_message(message.kind, message.number, fields, body)
+            fields, body = kinds[message.kind](message, self._copy)
+            return Answer(message.kind, message.number, fields, body, self._copy.codec)
         except NodeError as error:
             return self._error(message, error.code, str(error))
         except BackupError as error:
@@ -6100,8 +6149,8 @@ class Session:
             return self._error(message, "fault", explain_fault(error))
 
     @staticmethod
-    def _error(message: Message, code: str, sentence: str) -> list[bytes]:
-        return encode_message(ERROR, message.number, {"code": code, "message": sentence[:4000]})
+    def _error(message: Message, code: str, sentence: str) -> Answer:
+        return Answer(ERROR, message.number, {"code": code, "message": sentence[:4000]})
 
     def _open(self, message: Message) -> dict[str, Any]:
         settings = self.home.settings
@@ -6135,9 +6184,7 @@ class Session:
                 break
             lines += [line] if line else []
             size += len(line) + 1
-        raw = b"\n".join(lines)
-        codec, data = compress(copy.codec, raw, self.home.settings.level)
-        return {"more": more, "codec": codec, "size": len(raw)}, data
+        return {"more": more}, b"\n".join(lines)
 
     def _read(self, message: Message, copy: Copy) -> tuple[dict[str, Any], bytes]:
         items: list[dict[str, Any]] = []
@@ -6152,9 +6199,7 @@ class Session:
             payload.extend(parts)
             size += sum(map(len, parts))
             head += 400 + len(fields.get("line", "")) + len(str(fields.get("xattrs", "")))
-        raw = b"".join(payload)
-        codec, data = compress(copy.codec, raw, self.home.settings.level)
-        return {"items": items, "codec": codec, "size": len(raw)}, data
+        return {"items": items}, b"".join(payload)
 
     def _close(self) -> dict[str, Any]:
         failure = self._end(wait=True)
