@@ -319,6 +319,9 @@ def format_size(size: int) -> str:
     return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
+NOT_PLAIN = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)")  # a part that is empty, "." or ".."
+
+
 def decode_path(text: str) -> bytes:
     """Return the path in `text`; FormatError when it could lead out of its root."""
     try:
@@ -327,7 +330,7 @@ def decode_path(text: str) -> bytes:
         raise FormatError(f"a path with characters that no file name has: {show(text)}") from None
     if not path or len(path) > PATH_LIMIT or b"\0" in path:
         raise FormatError(f"a path that is empty, too long or has a NUL: {show(text[:100])}")
-    if any(part in (b"", b".", b"..") for part in path.split(b"/")):
+    if NOT_PLAIN.search(path):
         raise FormatError(f"a path that is not plain: {show(text[:1000])}")
     return path
 
@@ -643,42 +646,45 @@ def encode_stat(stat: Stat) -> bytes:
     return write_json(fields).encode("ascii")
 
 
+# The kinds of values in a listing line, and the least and the greatest of the numbers.
+STAT_TEXTS = {"kind": 10, "user": 4096, "group": 4096, "target": PATH_LIMIT, "error": 4096}  # characters at most
+STAT_NUMBERS = {
+    "mode": (0, 0o7777),
+    "uid": (0, OWNER_LIMIT),
+    "gid": (0, OWNER_LIMIT),
+    "size": (0, 1 << 63),
+    "mtime": (-(1 << 63), 1 << 63),
+    "ctime": (-(1 << 63), 1 << 63),
+    "inode": (0, 1 << 64),
+    "device": (0, 1 << 64),
+    "links": (0, 1 << 63),
+    "rdev": (0, 1 << 64),
+}
+
+
 def decode_stat(line: bytes) -> Stat:
     """Return the Stat of a listing line; FormatError unless encode_stat gives the same line."""
     fields = Fields(line, "an entry")
-    kind = fields.text("kind")
-    if kind not in KIND_BITS:
-        fields.wrong("kind")
-    xattrs = Fields.inside(fields.values.get("xattrs", {}), "extended attributes")
-    target = fields.text("target", "", PATH_LIMIT)
+    told: dict[str, Any] = {}
+    for name, value in fields.values.items():
+        limits = STAT_NUMBERS.get(name)
+        if limits:
+            told[name] = value if type(value) is int and limits[0] <= value <= limits[1] else fields.wrong(name)
+        elif name in STAT_TEXTS:
+            told[name] = fields.text(name, limit=STAT_TEXTS[name])
+        elif name in ("sparse", "database", "fresh"):
+            told[name] = fields.flag(name)
+    told["path"], told["wal"] = fields.path("path"), tuple(fields.integers("wal", 2))
+    if "xattrs" in fields.values:
+        xattrs = Fields.inside(fields.values["xattrs"], "extended attributes")
+        told["xattrs"] = {name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values}
     try:
-        stat = Stat(
-            path=fields.path("path"),
-            kind=kind,
-            mode=fields.integer("mode", high=0o7777),
-            uid=fields.integer("uid", high=OWNER_LIMIT),
-            gid=fields.integer("gid", high=OWNER_LIMIT),
-            user=fields.text("user"),
-            group=fields.text("group"),
-            size=fields.integer("size", 0),
-            mtime=fields.integer("mtime", low=-(1 << 63)),
-            ctime=fields.integer("ctime", 0, low=-(1 << 63)),
-            inode=fields.integer("inode", 0, high=1 << 64),
-            device=fields.integer("device", 0, high=1 << 64),
-            links=fields.integer("links", 1),
-            rdev=fields.integer("rdev", 0, high=1 << 64),
-            target=target.encode("utf-8", "surrogateescape"),
-            sparse=fields.flag("sparse"),
-            database=fields.flag("database"),
-            wal=tuple(fields.integers("wal", 2)),
-            fresh=fields.flag("fresh"),
-            xattrs={name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values},
-            error=fields.text("error", ""),
-        )
+        told["target"] = told.get("target", "").encode("utf-8", "surrogateescape")
+        stat = Stat(**told)
         canonical = encode_stat(stat)
-    except UnicodeEncodeError:
-        raise FormatError("an entry with characters that no file name has") from None
-    if canonical != line or b"\0" in stat.target:
+    except (UnicodeEncodeError, TypeError):
+        raise FormatError("an entry without a kind, or with characters that no file name has") from None
+    if canonical != line or stat.kind not in KIND_BITS or b"\0" in stat.target:
         raise FormatError(f"an entry that is not in its one right form: {show(stat.path)}")
     return stat
 
@@ -1187,14 +1193,12 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 def read_range(fd: int, length: int, offset: int) -> bytes:
     """Return up to `length` bytes at `offset`; fewer only at the end of the file."""
     data = os.pread(fd, length, offset)
-    if len(data) == length or not data:
-        return data
-    parts = [data]
-    while data and sum(map(len, parts)) < length:
-        done = sum(map(len, parts))
-        data = os.pread(fd, length - done, offset + done)
-        parts.append(data)
-    return b"".join(parts)
+    while 0 < len(data) < length:
+        more = os.pread(fd, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
 
 
 def sync_folder(path: str) -> None:
@@ -5191,8 +5195,10 @@ class Source:
         self.exclude = Exclude(settings.exclude)
         self.spool = spool
         self._by_name = {root.stored: root for root in roots}
-        self._root: Root | None = None
+        self._root: Root | None = None  # of the last path
+        self._root_name = b""  # in the folder that holds it
         self._folders: Folders | None = None
+        self._checked: bytes | None = None  # the last folder that a path was checked in
         self._names: dict[tuple[str, int], str] = {}
         self._devices: dict[bytes, int] = {}
         self._reals: dict[bytes, bytes] = {}  # of the roots: symlinks above them may be followed
@@ -5206,6 +5212,8 @@ class Source:
     # -- ways to a path --
 
     def _root_of(self, path: bytes) -> Root:
+        if self._root and is_at_or_below(path, self._root.stored):
+            return self._root
         prefix = path
         while True:
             if prefix in self._by_name:
@@ -5221,7 +5229,8 @@ class Source:
             self.close()
             above = os.open(os.path.dirname(root.real), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             self._root, self._folders = root, Folders(above)
-        return self._folders, os.path.basename(root.real) + path[len(root.stored) :] if root.stored else path
+            self._root_name = os.path.basename(root.real)
+        return self._folders, self._root_name + path[len(root.stored) :] if root.stored else path
 
     def find_real(self, path: bytes) -> bytes:
         """Return the absolute path of a path, for what cannot use descriptors."""
@@ -5241,7 +5250,8 @@ class Source:
     def check(self, path: bytes) -> None:
         """Raise FileNotFoundError when `path` lies where a scan does not go."""
         root = self._root_of(path)
-        if path == root.stored:
+        inside = path.rpartition(b"/")[0]
+        if path == root.stored or inside == self._checked:
             return
         above = path
         while above and above != root.stored:
@@ -5254,6 +5264,7 @@ class Source:
         real = os.path.join(self._reals[root.stored], path[len(root.stored) :].lstrip(b"/"))
         if self.is_elsewhere(path, folder) or is_at_or_below(real, self.spool.real):
             raise FileNotFoundError(errno.ENOENT, "not served by the node")
+        self._checked = inside
 
     def is_elsewhere(self, path: bytes, folder: int) -> bool:
         """Tell whether an open folder is on a filesystem that --one-file-system leaves out."""
@@ -5282,10 +5293,10 @@ class Source:
         """Return the Stat of a path; `fd` and `name` say where it lies, for what only a path tells."""
         kind = KIND_OF.get(stat_bits.S_IFMT(found.st_mode), "character")
         user, group = self._name("user", found.st_uid), self._name("group", found.st_gid)
-        mode, mtime = found.st_mode & 0o7777, found.st_mtime_ns
-        stat = Stat(path, kind, mode, found.st_uid, found.st_gid, user, group, mtime=mtime)
+        owned = found.st_mode & 0o7777, found.st_uid, found.st_gid, user, group
         if kind == "file":
-            return self._file_stat(stat, found)
+            return self._file_stat(path, owned, found)
+        stat = Stat(path, kind, *owned, mtime=found.st_mtime_ns)
         if fd >= 0:
             stat = replace(stat, xattrs=self._xattrs(fd, name))
         if kind == "symlink" and fd >= 0:
@@ -5299,11 +5310,14 @@ class Source:
             return replace(stat, rdev=found.st_rdev)
         return stat
 
-    def _file_stat(self, stat: Stat, found: os.stat_result) -> Stat:
+    def _file_stat(self, path: bytes, owned: tuple[int, int, int, str, str], found: os.stat_result) -> Stat:
         young = self.clock.now() - int(self.settings.margin * 1e9)
-        return replace(
-            stat,
+        return Stat(
+            path,
+            "file",
+            *owned,
             size=found.st_size,
+            mtime=found.st_mtime_ns,
             ctime=found.st_ctime_ns,
             inode=found.st_ino,
             links=found.st_nlink,
@@ -5344,7 +5358,7 @@ class Source:
     # -- databases --
 
     def _is_companion(self, fd: int, name: bytes) -> bool:
-        return any(name.endswith(end) and self._is_database(fd, name[: -len(end)]) for end in COMPANIONS)
+        return name.endswith(COMPANIONS) and self._is_database(fd, name[: name.rindex(b"-")])
 
     def _is_database(self, fd: int, name: bytes) -> bool:
         try:
@@ -5783,7 +5797,7 @@ class Files:
         stat = self._look(path)
         folder, name = self.source.parent(path)
         if not stat.database:
-            return self._open_file(path, folder, name)
+            return self._open_file(stat, folder, name)
         # One that is read again has changed while it was read where it lies.
         return (None if again else self._open_at_rest(stat, folder, name)) or self._freeze(stat, folder, name)
 
@@ -5794,13 +5808,15 @@ class Files:
             raise FileNotFoundError(errno.ENOENT, "no longer a file")
         return stat
 
-    def _open_file(self, path: bytes, folder: int, name: bytes) -> Handle:
+    def _open_file(self, stat: Stat, folder: int, name: bytes) -> Handle:
         fd = os.open(name, FILE_FLAGS, dir_fd=folder)
         try:
             found = os.fstat(fd)
             if not stat_bits.S_ISREG(found.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "no longer a file")
-            handle = Handle(path, fd, self.source.stat(path, found), found.st_size, "stable", list_xattrs(fd))
+            if stat.state != [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]:
+                stat = self.source.stat(stat.path, found)
+            handle = Handle(stat.path, fd, stat, found.st_size, "stable", list_xattrs(fd))
             return self._clone(handle, found.st_dev, folder)
         except BaseException:
             os.close(fd)
@@ -5869,7 +5885,7 @@ class Files:
         except sqlite3.OperationalError as error:
             raise OSError(errno.EBUSY, f"the SQLite database cannot be copied: {error}") from None
         except sqlite3.DatabaseError as error:
-            handle = self._open_file(stat.path, folder, name)
+            handle = self._open_file(replace(stat, database=False, wal=()), folder, name)
             return replace(handle, note=f"SQLite cannot read it ({error}); copied as a plain file")
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -5906,12 +5922,13 @@ class Files:
         offset = ask.chunk * CHUNK
         zeros = self._find_zeros(handle, offset)
         # Of a large file what it had when it was opened; of a small one all there is, whatever stat says.
-        length = CHUNK if handle.size <= CHUNK else max(0, min(CHUNK, handle.size - offset))
+        length = handle.size + 1 if handle.size <= CHUNK else max(0, min(CHUNK, handle.size - offset))
         data = b"" if zeros else read_range(handle.fd, length, offset)
-        if handle.size <= CHUNK and not zeros:
-            handle = replace(handle, size=len(data))
+        if len(data) > handle.size:
+            data = read_range(handle.fd, CHUNK, offset)
+        size = len(data) if handle.size <= CHUNK and not zeros else handle.size
         if ask.chunk == 0:
-            fields.update(size=handle.size, grade=handle.grade)
+            fields.update(size=size, grade=handle.grade)
             if ask.state != handle.stat.state:
                 fields["line"] = encode_stat(handle.stat).decode("ascii")
             if handle.xattrs:
@@ -5919,7 +5936,7 @@ class Files:
         note = self._note(handle, ask.chunk, offset + max(zeros, 1) * CHUNK)
         if note:
             fields["note"] = note
-        fields["state"] = self._state(handle)
+        fields["state"] = self._state(handle)  # after all that was read
         if zeros or (data and data == ZEROS[: len(data)]):
             return {**fields, "status": "zeros", "count": zeros or 1}, []
         if not data:
@@ -6940,6 +6957,12 @@ class Receiver:
         return bytes(pages)
 
 
+# What an entry says, found without decoding it.
+KIND_TOLD = re.compile(rb'","kind":"(\w+)"')
+SIZE_TOLD = re.compile(rb'\{"size":(\d+)')
+GRADE_TOLD = re.compile(rb'"grade":"(\w+)"')
+
+
 class Tally:
     """Counts what a pull does; each field is one of Totals."""
 
@@ -6965,12 +6988,12 @@ class Tally:
 
     def put(self, entry: Entry) -> None:
         """Count an entry of the snapshot."""
-        kind = re.search(rb'","kind":"(\w+)"', entry.line)
+        kind = KIND_TOLD.search(entry.line)
         name = kind.group(1) if kind else b""
         if name == b"file":
-            size = re.match(rb'\{"size":(\d+)', entry.read)
+            size = SIZE_TOLD.match(entry.read)
             self.counts["size"] += int(size.group(1)) if size else 0
-            grade = re.search(rb'"grade":"(\w+)"', entry.read)
+            grade = GRADE_TOLD.search(entry.read)
             self.grades.add(grade.group(1).decode() if grade else "")
         self.counts[{b"file": "files", b"directory": "folders"}.get(name, "others")] += 1
 
