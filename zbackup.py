@@ -151,7 +151,7 @@ RECORD_LIMIT = 64 << 20  # bytes of one record of a pack, before memory is taken
 UNREAD_LIMIT = 16  # messages that a server lets libzmq take in before it looks at them; the rest waits in the kernel
 UNREAD_QUESTIONS = 40  # the same for a node: what a server has in flight is below it
 WORKING_LIMIT = 100  # of "still working" in answer to one question, and as many again in each second
-ASKED_AT_ONCE = 512  # silent addresses in NEIGHBOUR_TIME, whatever --timeout says: half of the kernel's table
+NEIGHBOURS = 1024  # addresses in the kernel's table of neighbours; silent ones may fill half of it
 NEIGHBOUR_TIME = 3.2  # s that a silent address keeps its place in the kernel's table
 DESCRIPTORS = 8192  # that a node uses at most: half-open connections take 10 KB of memory each
 
@@ -169,7 +169,6 @@ EVERY = 3600.0  # s between the starts of two sweeps
 HELLO_TIMEOUT = 1.5  # s; a LAN answers in milliseconds, but TCP asks again after 1 s where a packet was lost
 ANSWER_TIMEOUT = 30.0  # s without any sign of a node that owes a reply
 FREEZE_TIMEOUT = 3600.0  # s that one request may take while the node says "still working"
-HELLOS_AT_ONCE = 256  # silent addresses each hold one of the kernel's 1,024 neighbour entries
 JOBS = 4  # nodes pulled side by side
 WINDOW = 8 << 20  # bytes asked for and not yet received, for each node
 TRIES = 5  # readings of a file that keeps changing, before it counts as torn
@@ -1161,7 +1160,7 @@ class ServerSettings:
     timeout: float = HELLO_TIMEOUT
     answer_timeout: float = ANSWER_TIMEOUT
     freeze_timeout: float = FREEZE_TIMEOUT
-    hellos_at_once: int = HELLOS_AT_ONCE
+    neighbours: int = NEIGHBOURS
     window: int = WINDOW
     tries: int = TRIES
     pause: float = PAUSE
@@ -1683,7 +1682,7 @@ WORKING, ERROR = "WORKING", "ERROR"  # answers to any of them
 SLICE = 200  # ms; how long a wait may go without looking whether it should end
 GLANCE = 20  # ms between two looks at what a connection sends: a message without end must not fill the memory first
 LAST_WORD = 300  # ms that a last question may take on its way out
-MOST_SOCKETS = 8192  # of one process
+MOST_SOCKETS = 32768  # of one process; libzmq closes those of one group while the next one is asked
 ASIDE = 4  # requests in flight beside the window of bytes
 
 # What a monitored connection went through, as far as libzmq tells.
@@ -1782,9 +1781,9 @@ class Doorkeeper:
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
         self.zmq = load_curve()
-        self.context = context
         self._socket = context.socket(self.zmq.REP)
         self._socket.bind(HANDSHAKES)
+        self._bell = context.socket(self.zmq.REQ)  # now: at the end there may be no socket left to take
         self._thread = threading.Thread(target=self._run, daemon=True, name="doorkeeper")
         self._thread.start()
 
@@ -1807,9 +1806,9 @@ class Doorkeeper:
 
     def close(self) -> None:
         """End its thread."""
-        with self.context.socket(self.zmq.REQ) as bell:
-            bell.connect(HANDSHAKES)
-            bell.send(b"")
+        with self._bell:
+            self._bell.connect(HANDSHAKES)
+            self._bell.send(b"")
             self._thread.join()
 
 
@@ -1862,7 +1861,7 @@ class Wire:
             descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         except ImportError:
             descriptors = 1024
-        return max(1, min((descriptors - 64) // 8, MOST_SOCKETS // 4))
+        return max(1, min((descriptors - 64) // 8, MOST_SOCKETS // 8))  # each has three, and as many that close
 
     def check(self) -> None:
         """Raise Interrupted when the process is to stop."""
@@ -6434,6 +6433,8 @@ def _probe_group(wire: Wire, addresses: Sequence[Address], timeout: float, key: 
                     peer.check_unfinished()
             wire.check()
         return [results.get(address) or _judge_silence(peers[address]) for address in addresses]
+    except zmq.ZMQError as error:
+        raise BackupError(f"{len(peers)} addresses cannot be asked at once ({error}); lower --neighbours") from None
     finally:
         for peer in peers.values():
             peer.close()
@@ -6461,16 +6462,16 @@ def _rest(wire: Wire, end: float) -> None:
 
 
 def probe(wire: Wire, addresses: Sequence[Address], settings: ServerSettings) -> list[Probe]:
-    """Ask all addresses, within the limits of hellos in flight and of the kernel's neighbours; in the order given."""
+    """Ask all addresses, in the order given, at a pace that fills half of the kernel's table of neighbours."""
     found: list[Probe] = []
-    most = min(settings.hellos_at_once, wire.peers_at_once())
+    most = max(1, min(settings.neighbours // 4, wire.peers_at_once()))
     key = "" if wire.pair else None
     free_at = 0.0
     for start in range(0, len(addresses), most):
         group = addresses[start : start + most]
         _rest(wire, free_at)
         distant = sum(not is_loopback(address.host) for address in group)
-        free_at = wire.clock.monotonic() + NEIGHBOUR_TIME * distant / ASKED_AT_ONCE
+        free_at = wire.clock.monotonic() + NEIGHBOUR_TIME * distant / max(1, settings.neighbours // 2)
         found += _settle(wire, _probe_group(wire, group, settings.timeout, key), settings.timeout)
     return found
 
@@ -10306,6 +10307,16 @@ def add_check_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_check_flags(command, [("--json", "print JSON")])
 
 
+TABLE_SIZE = "/proc/sys/net/ipv4/neigh/default/gc_thresh3"  # of Linux; containers do not see it
+
+
+def count_neighbours() -> int:
+    """Return how many addresses the kernel's table of neighbours holds, as far as it tells."""
+    with contextlib.suppress(OSError, ValueError), open(TABLE_SIZE) as file:
+        return int(file.read())
+    return NEIGHBOURS
+
+
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `server`."""
     numbers = "last parts of the addresses: 9, 9-12 or 9,12,20-30"
@@ -10341,7 +10352,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         ("--pause", parse_span, PAUSE, "pause before the second reading, then doubled"),
         ("--answer-timeout", parse_span, ANSWER_TIMEOUT, "how long a node may be mute"),
         ("--freeze-timeout", parse_span, FREEZE_TIMEOUT, "how long one question may take a node, --before included"),
-        ("--hellos-at-once", parse_count, HELLOS_AT_ONCE, "addresses asked at once"),
+        ("--neighbours", parse_count, count_neighbours(), "size of the kernel's table of neighbours"),
         ("--pack-size", parse_size, PACK_SIZE, "size of a pack file"),
         ("--pack-chunks", parse_count, PACK_CHUNKS, "chunks in a pack file at most"),
         ("--most-files", parse_count, MOST_FILES, "files that one node may list"),

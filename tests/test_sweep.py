@@ -211,7 +211,7 @@ def test_probe_silent_addresses_are_called_silent(small: World) -> None:
 def test_probe_in_groups(small: World) -> None:
     small.node()
     with SilentAddresses([f"127.0.0.{i}" for i in range(100, 120)], small.port):
-        report = small.sweep("--range", "9,100-119", "--timeout", "500ms", "--hellos-at-once", "7")
+        report = small.sweep("--range", "9,100-119", "--timeout", "500ms", "--neighbours", "28")
     assert 1.4e9 < report["finished"] - report["started"] < 3e9  # three groups
 
 
@@ -229,6 +229,32 @@ def run_in_namespace(world: World, script: str) -> subprocess.CompletedProcess[s
         pytest.skip(f"no network namespace with an interface that leads nowhere here: {error}")
     command = ["unshare", "-n", "sh", "-c", network + script]
     return subprocess.run(command, cwd=world.path, env=world.env, capture_output=True, text=True, timeout=60)
+
+
+def test_probe_without_sockets_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as libzmq has sockets for; where the count is wrong, a sentence, and all that was opened is closed."""
+    monkeypatch.setattr(zbackup, "MOST_SOCKETS", 40)
+    pair = zbackup.make_pair()
+    wire = zbackup.Wire(zbackup.make_clock(), threading.Event(), 5.0, pair)
+    addresses = [zbackup.Address(f"127.0.0.{number}", zbackup.PORT - 1) for number in range(100, 140)]
+    settings = zbackup.ServerSettings(timeout=0.2)
+    assert len(zbackup.probe(wire, addresses, settings)) == 40
+    monkeypatch.setattr(zbackup.Wire, "peers_at_once", lambda self: 40)
+    with pytest.raises(zbackup.BackupError, match="addresses cannot be asked at once .* lower --neighbours"):
+        zbackup.probe(wire, addresses, settings)
+    wire.close()
+
+
+@pytest.mark.parametrize(("content", "count"), [("4096\n", 4096), ("", zbackup.NEIGHBOURS), (None, zbackup.NEIGHBOURS)])
+def test_neighbours_as_the_kernel_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, count: int
+) -> None:
+    """In a container it does not."""
+    table = tmp_path / "gc_thresh3"
+    if content is not None:
+        table.write_text(content)
+    monkeypatch.setattr(zbackup, "TABLE_SIZE", str(table))
+    assert zbackup.count_neighbours() == count
 
 
 def test_probe_a_network_without_machines(world: World) -> None:
