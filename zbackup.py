@@ -527,18 +527,18 @@ def list_codecs() -> list[str]:
     return (["zstd"] if load_zstd() else []) + ["zlib", "plain"]
 
 
-def _compress(codec: int, data: bytes, level: int) -> bytes:
+def _compress(codec: int, data: bytes | memoryview, level: int) -> bytes:
     if codec == ZSTD:
         packed: bytes = load_zstd().compress(data, level)
         return packed
     return zlib.compress(data, min(level, 9))
 
 
-def _shrinks(codec: int, sample: bytes, level: int) -> bool:
+def _shrinks(codec: int, sample: bytes | memoryview, level: int) -> bool:
     return len(_compress(codec, sample, level)) < 0.97 * len(sample)
 
 
-def compress(codec: int, data: bytes, level: int) -> tuple[int, bytes]:
+def compress(codec: int, data: bytes | memoryview, level: int) -> tuple[int, bytes | memoryview]:
     """Return `data` compressed, and the codec used: PLAIN where it does not pay."""
     if codec == PLAIN or (len(data) > 2 * SAMPLE and not _shrinks(codec, data[:SAMPLE], level)):
         return PLAIN, data
@@ -860,11 +860,14 @@ class Record:
         return self.hashes[self.hash_starts[place] : self.hash_starts[place + 1]]
 
 
-def encode_record(kind: int, rows: Sequence[tuple[bytes, int]], hashes: bytes, frame: tuple[int, int, bytes]) -> bytes:
+def encode_record(
+    kind: int, rows: Sequence[tuple[bytes, int]], hashes: bytes, frame: tuple[int, int, bytes | memoryview]
+) -> bytes:
     """Return a record; `frame` is the codec, the raw size and the stored data."""
     codec, raw, data = frame
-    table = b"".join([TABLE_ROW.pack(*row) for row in rows]) + hashes
-    return RECORD.pack(RECORD_MAGIC, kind, codec, 0, len(rows), len(table), raw, len(data)) + table + data
+    table = b"".join([TABLE_ROW.pack(*row) for row in rows])
+    head = RECORD.pack(RECORD_MAGIC, kind, codec, 0, len(rows), len(table) + len(hashes), raw, len(data))
+    return b"".join([head, table, hashes, data])
 
 
 def decode_record_head(data: bytes, offset: int) -> tuple[int, int, int, int, int, int]:
@@ -1703,7 +1706,9 @@ class Message:
     size: int = 0  # bytes as it came
 
 
-def encode_message(kind: str, number: int, fields: Mapping[str, Any], body: bytes = b"") -> list[bytes]:
+def encode_message(
+    kind: str, number: int, fields: Mapping[str, Any], body: bytes | memoryview = b""
+) -> list[bytes | memoryview]:
     """Return the two frames of a message."""
     return [write_json({"kind": kind, "number": number, **fields}).encode("ascii"), body]
 
@@ -2782,7 +2787,7 @@ class PackWriter:
         size = sum(len(piece.data) for piece in pieces)
         if size >= CHUNK // 2 and len(new) == len(pieces):
             rows = [(piece.digest, len(piece.data)) for piece in pieces]
-            self._put_record(FRAME, rows, b"".join(piece.pages for piece in pieces), (codec, size, bytes(data)))
+            self._put_record(FRAME, rows, b"".join(piece.pages for piece in pieces), (codec, size, data))
             return
         for piece in pieces:
             if piece.digest in new:
@@ -2836,7 +2841,7 @@ class PackWriter:
             self._put_record(PATCHES, rows, b"", (codec, len(raw), data))
 
     def _put_record(
-        self, kind: int, rows: Sequence[tuple[bytes, int]], hashes: bytes, frame: tuple[int, int, bytes]
+        self, kind: int, rows: Sequence[tuple[bytes, int]], hashes: bytes, frame: tuple[int, int, bytes | memoryview]
     ) -> None:
         if self.fd < 0:
             self._open()
@@ -6034,11 +6039,11 @@ class Answer:
     kind: str
     number: int
     fields: dict[str, Any]
-    body: bytes | None = None
+    body: bytes | memoryview | None = None
     codec: int = PLAIN
 
 
-def encode_answer(answer: Answer, level: int) -> list[bytes]:
+def encode_answer(answer: Answer, level: int) -> list[bytes | memoryview]:
     """Return the frames of an answer, the body compressed as far as it pays."""
     if answer.body is None:
         return encode_message(answer.kind, answer.number, answer.fields)
@@ -6202,7 +6207,7 @@ class Session:
             size += len(line) + 1
         return {"more": more}, b"\n".join(lines)
 
-    def _read(self, message: Message, copy: Copy) -> tuple[dict[str, Any], bytes]:
+    def _read(self, message: Message, copy: Copy) -> tuple[dict[str, Any], bytes | memoryview]:
         items: list[dict[str, Any]] = []
         payload: list[memoryview] = []
         size = head = 0
@@ -6215,7 +6220,7 @@ class Session:
             payload.extend(parts)
             size += sum(map(len, parts))
             head += 400 + len(fields.get("line", "")) + len(str(fields.get("xattrs", "")))
-        return {"items": items}, b"".join(payload)
+        return {"items": items}, payload[0] if len(payload) == 1 else b"".join(payload)
 
     def _close(self) -> dict[str, Any]:
         failure = self._end(wait=True)
