@@ -6043,6 +6043,11 @@ class Answer:
     codec: int = PLAIN
 
 
+def refuse_question(number: int, code: str, sentence: str) -> Answer:
+    """Return the answer to a question that cannot be answered."""
+    return Answer(ERROR, number, {"code": code, "message": sentence[:4000]})
+
+
 def encode_answer(answer: Answer, level: int) -> list[bytes | memoryview]:
     """Return the frames of an answer, the body compressed as far as it pays."""
     if answer.body is None:
@@ -6076,8 +6081,11 @@ class Outbox:
     def _run(self) -> None:
         socket = self._home.listener.reply_socket()
         for answer in iter(self._answers.get, None):
-            with contextlib.suppress(self._home.wire.zmq.ZMQError):  # the node is ending
+            try:
                 frames = encode_answer(answer, self._home.settings.level)
+            except Exception as error:  # a fault of ours must not leave the server waiting
+                frames = encode_answer(refuse_question(answer.number, "fault", explain_fault(error)), PLAIN)
+            with contextlib.suppress(self._home.wire.zmq.ZMQError):  # the node is ending
                 socket.send_multipart([self._peer, *frames], copy=False)
         socket.close(linger=1000)
 
@@ -6161,17 +6169,13 @@ class Session:
             fields, body = kinds[message.kind](message, self._copy)
             return Answer(message.kind, message.number, fields, body, self._copy.codec)
         except NodeError as error:
-            return self._error(message, error.code, str(error))
+            return refuse_question(message.number, error.code, str(error))
         except BackupError as error:
-            return self._error(message, "wrong", str(error))
+            return refuse_question(message.number, "wrong", str(error))
         except OSError as error:
-            return self._error(message, "failed", f"{explain(error)} on the node")
+            return refuse_question(message.number, "failed", f"{explain(error)} on the node")
         except Exception as error:  # a fault of ours must not leave the server waiting
-            return self._error(message, "fault", explain_fault(error))
-
-    @staticmethod
-    def _error(message: Message, code: str, sentence: str) -> Answer:
-        return Answer(ERROR, message.number, {"code": code, "message": sentence[:4000]})
+            return refuse_question(message.number, "fault", explain_fault(error))
 
     def _open(self, message: Message) -> dict[str, Any]:
         settings = self.home.settings

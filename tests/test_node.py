@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import World, make_database, wait_until
+from conftest import PROGRAM, World, make_database, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_node_scan import ROOT, make_source, scan
@@ -874,3 +874,20 @@ def test_hook_tells_what_went_wrong() -> None:
     said = zbackup.run_hook("head -c 1000000 /dev/zero | tr '\\0' x; exit 1")
     assert len(said) < zbackup.HOOK_OUTPUT + 100
     assert zbackup.run_hook(f"kill -{signal.SIGKILL:d} $$") == "ended with code -9"
+
+
+def test_answer_that_cannot_be_made_is_an_error(world: World) -> None:
+    """A fault of the node's own does not leave the server waiting, and the node goes on to answer."""
+    (world.files / "file").write_text("data")
+    program = world.path / "faulty.py"
+    broken = PROGRAM.read_text().replace(
+        "def encode_answer(",
+        "def encode_answer(answer: Answer, level: int) -> Any:\n"
+        "    if answer.kind == LIST:\n        raise ValueError('planted')\n    return encode_well(answer, level)\n\n\n"
+        "def encode_well(",
+    )
+    program.write_text(broken)
+    world.node(program=program)
+    for _ in range(2):
+        [row] = world.sweep(code=1)["nodes"]
+        assert "a fault of zbackup" in row["error"] and "planted" in row["error"]

@@ -123,7 +123,7 @@ def run_sweeps(hall: Hall, number: int) -> list[Record]:
     some = tuple(f"{NETWORK}.{16 * i}.9" for i in range(16))
     records = [run_sweep(hall, Sweep("sweep-24", few, ("--network", f"{NETWORK}.0.0/24")), MIB, number)]
     if hall.scale >= SMALLEST:
-        with larger_table(8192) as size:
+        with larger_table(16384) as size:
             where = ("--network", f"{NETWORK}.0.0/16", "--neighbours", str(size))
             records.append(run_sweep(hall, Sweep("sweep-16", some, where), MIB, number))
     return records
