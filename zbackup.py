@@ -1184,6 +1184,14 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
+    """Write all of `data` at an offset."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, at)
+        view, at = view[done:], at + done
+
+
 def read_range(fd: int, length: int, offset: int) -> bytes:
     """Return up to `length` bytes at `offset`; fewer only at the end of the file."""
     data = os.pread(fd, length, offset)
@@ -1331,8 +1339,7 @@ def copy_range(source: int, target: int, length: int, offset: int) -> None:
             done = os.copy_file_range(source, target, length, offset, offset)
         except (OSError, AttributeError):
             data = read_range(source, min(length, CHUNK), offset)
-            os.lseek(target, offset, os.SEEK_SET)
-            write_all(target, data)
+            write_at(target, data, offset)
             done = len(data)
         if done == 0:
             raise FormatError("a file became shorter while it was copied")
@@ -7621,13 +7628,12 @@ def _write_sparse(fd: int, data: bytes, at: int) -> None:
     for start in range(0, len(data), PAGE):
         page = view[start : start + PAGE]
         if page != bytes(len(page)):
-            os.lseek(fd, at + start, os.SEEK_SET)
-            write_all(fd, page)
+            write_at(fd, page, at + start)
 
 
 def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> None:
     """Write a file's content, every chunk checked (I5); holes where it is sparse."""
-    at = 0
+    at = filled = 0
     for chunk in list_chunks(reader, content):
         if isinstance(chunk, int):
             at = min(at + chunk * CHUNK, content.size)  # a hole, whatever the file had there
@@ -7637,13 +7643,14 @@ def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> No
             raise StoreError(f"chunk {chunk.hex()} does not have the length that its file needs")
         if sparse:
             _write_sparse(fd, data, at)
+            at += len(data)
         else:
-            os.lseek(fd, at, os.SEEK_SET)
-            write_all(fd, data)
-        at += len(data)
+            write_at(fd, data, at)
+            at = filled = at + len(data)
     if at != content.size:
         raise StoreError(f"the chunks of the file have {at} bytes, not {content.size}")
-    os.ftruncate(fd, content.size)
+    if filled < at:
+        os.ftruncate(fd, at)  # a hole at the end
 
 
 def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, fd: int) -> None:
@@ -7666,8 +7673,7 @@ def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, 
         data = reader.get(chunk) if chunk else bytes(length)
         if len(data) != length:
             raise StoreError(f"a chunk of {len(data)} bytes does not have the length that its file needs")
-        os.lseek(fd, at, os.SEEK_SET)
-        write_all(fd, data)
+        write_at(fd, data, at)
 
 
 def _exists(folder: int, name: bytes) -> bool:
@@ -7774,6 +7780,7 @@ class FileWriter:
         self._due_names: dict[bytes, bytes] = {}  # of the files among them, for hard links
         self._due_bytes = 0
         self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
+        self._made: bytes | None = None  # the folder that was made last
         self._links = LinkTable()
         self._attributes = Attributes(options)
 
@@ -7812,19 +7819,27 @@ class FileWriter:
             self.skipped += 1  # made by its program at each start; `latest` is for files
         else:
             folder, name = self.folders.parent(stat.path, create=True)
-            if not self.options.overwrite and _exists(folder, name):
+            if not (self.options.overwrite or self._is_new(stat.path, name)) and _exists(folder, name):
                 raise FileExistsError
             temporary = self._name_temporary(name)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=folder)
             try:
-                self._make(entry, old, temporary)
+                self._make_anew(entry, old, temporary)
             except BaseException:
-                folder, _ = self.folders.parent(stat.path)
                 with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=folder)
+                    self._unlink(stat.path, temporary)
                 raise
             self._publish_later(stat.path, temporary, content.size)
+
+    def _unlink(self, path: bytes, temporary: bytes) -> None:
+        folder, _ = self.folders.parent(path)
+        os.unlink(temporary, dir_fd=folder)
+
+    def _make_anew(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
+        try:
+            self._make(entry, old, temporary)
+        except FileExistsError:  # left by a restore that was killed
+            self._unlink(entry.stat.path, temporary)
+            self._make(entry, old, temporary)
 
     def _name_temporary(self, name: bytes) -> bytes:
         digest = hashlib.sha256(self._token.encode() + name).hexdigest()
@@ -7907,6 +7922,11 @@ class FileWriter:
         self.folders.open(stat.path, create=True)
         if not self.options.private and (not existed or self.options.overwrite):
             self._inside.append(stat)
+            self._made = self._made if existed else stat.path
+
+    def _is_new(self, path: bytes, name: bytes) -> bool:
+        """Tell whether a path lies in the folder that was made last: nothing of others is there yet."""
+        return self._made is not None and path[: -len(name)] == self._made + b"/"
 
     def _leave_folder(self) -> None:
         stat = self._inside.pop()
@@ -7964,8 +7984,7 @@ class FileWriter:
         for path, temporary, stat in self._due:
             if stat is None:
                 with contextlib.suppress(OSError):
-                    folder, _ = self.folders.parent(path)
-                    os.unlink(temporary, dir_fd=folder)
+                    self._unlink(path, temporary)
         self._links.close()
         self.folders.close()
 
