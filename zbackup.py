@@ -2899,16 +2899,24 @@ class Reader:
         self._records: OrderedDict[tuple[str, int], Record] = OrderedDict()
         self._raws: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._frames = frames  # decompressed frames kept: about 1 MiB each
+        self._found: dict[bytes, list[Place]] = {}  # by look_up
 
     def close(self) -> None:
         """Close the packs."""
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def look_up(self, digests: Sequence[bytes]) -> None:
+        """Find the places of what is read next in one step; those of the last time are forgotten."""
+        self._found = {}
+        with contextlib.suppress(StoreError):  # a damaged index: what is read tells it, digest by digest
+            self._found = self.index.find_all(digests)
+
     def find(self, digest: bytes) -> list[Place]:
         """Return the places of a digest, the most trusted first; MissingChunk where there is none."""
         place = self.open_pack.find(digest) if self.open_pack else None
-        places = ([place] if place else []) + self.index.find_all([digest]).get(digest, [])
+        known = self._found.get(digest) or self.index.find_all([digest]).get(digest, [])
+        places = [place, *known] if place else known
         if not places:
             raise MissingChunk(f"the store has no chunk {digest.hex()}; a pack is lost")
         return places
@@ -3184,6 +3192,11 @@ def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
         yield from load_chunk_list(reader, digest)
 
 
+def list_named(entry: Entry) -> list[bytes]:
+    """Return all digests in the content's half of an entry, not decoded: also what only looks like one."""
+    return [bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)]
+
+
 def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bool]]:
     """Yield entries, and whether the store has all chunks that each one names.
 
@@ -3193,7 +3206,7 @@ def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Ent
         group = list(itertools.islice(entries, 256))
         if not group:
             return
-        names = [[bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)] for entry in group]
+        names = [list_named(entry) for entry in group]
         for entry, digests in zip(group, names):
             if b'"lists"' in entry.read:
                 with contextlib.suppress(StoreError, FormatError):
@@ -4096,7 +4109,7 @@ class Mark:
 
     def put_entry(self, entry: Entry) -> None:
         """Mark what an entry names."""
-        self.live.put(bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read))
+        self.live.put(list_named(entry))
         if b'"lists"' in entry.read:
             for digest in self._opened.put(entry.content.lists):
                 chunks = self._read(self._list_chunks, digest)
@@ -4562,7 +4575,7 @@ class Harm(TemporaryTable):
             failed = b'"error"' in entry.line or b'"error"' in entry.read
             grade = re.search(rb'"grade":"(\w+)"', entry.read)
             grades.append("partial" if failed else grade[1].decode() if grade else "")
-            missing = self._find_missing([bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)])
+            missing = self._find_missing(list_named(entry))
             if b'"lists"' in entry.read:
                 missing |= self._find_missing_of_lists(entry)
             if missing:
@@ -7623,6 +7636,21 @@ def find_entries(entries: Iterable[Entry], paths: Sequence[bytes], above: bool =
             yield entry
 
 
+def look_ahead(reader: Reader, pairs: Iterable[tuple[Entry, Entry | None]]) -> Iterator[tuple[Entry, Entry | None]]:
+    """Yield entries, each with what stands in its place, once the places of their chunks are looked up together."""
+    group: list[tuple[Entry, Entry | None]] = []
+    digests: list[bytes] = []
+    for pair in pairs:
+        group.append(pair)
+        digests += list_named(pair[0])
+        if len(group) == 256 or len(digests) >= 1000:
+            reader.look_up(digests)
+            yield from group
+            group, digests = [], []
+    reader.look_up(digests)
+    yield from group
+
+
 def _write_sparse(fd: int, data: bytes, at: int) -> None:
     view = memoryview(data)
     for start in range(0, len(data), PAGE):
@@ -8006,7 +8034,8 @@ def restore_snapshot(
         writer.fail(b"", f"some entries are lost: {error}", damaged=True)
 
     try:
-        for entry in find_entries(list_entries(reader, snapshot.blocks, on_damage), paths, above=True):
+        entries = find_entries(list_entries(reader, snapshot.blocks, on_damage), paths, above=True)
+        for entry, _ in look_ahead(reader, ((entry, None) for entry in entries)):
             writer.put(entry)
             if missing:
                 missing -= {path for path in missing if is_at_or_below(entry.stat.path, path)}
@@ -8114,9 +8143,13 @@ class Latest:
                 pairs = self._compare(self._blocks(name), snapshot)
                 found, unread = self._remove(writer, pairs, bool(snapshot.missing))
                 problems += found
-            for left, right in self._compare(self._blocks(state.snapshot), snapshot):
-                if right and (left is None or not _looks_equal(left, right)) and not right.content.error:
-                    writer.put(right, left)
+            due = (
+                (right, left)
+                for left, right in self._compare(self._blocks(state.snapshot), snapshot)
+                if right and (left is None or not _looks_equal(left, right)) and not right.content.error
+            )
+            for entry, old in look_ahead(self.reader, due):
+                writer.put(entry, old)
             writer.finish()
         finally:
             writer.close()

@@ -933,6 +933,39 @@ def test_restore_file_called_like_a_temporary_one(world: World) -> None:
     assert (back / "x").read_text() == "right"
 
 
+def test_restore_looks_chunks_up_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(world.store, [(describe(f"f{i:04}"), b"%d" % i) for i in range(600)])
+    looks: list[int] = []
+    real = zbackup.Index.find_all
+    monkeypatch.setattr(zbackup.Index, "find_all", lambda index, digests: (looks.append(1), real(index, digests))[1])
+    opened = contextlib.closing(zbackup.open_store(str(world.store)))
+    with opened as store, contextlib.closing(store.reader()) as reader:
+        options = zbackup.RestoreOptions()
+        done = zbackup.restore_snapshot(reader, snapshot, [], str(world.path / "restored"), options)
+    assert done.problems == [] and done.files == 600
+    assert len(looks) < 20
+    assert all((world.path / f"restored/f{i:04}").read_bytes() == b"%d" % i for i in range(600))
+
+
+def test_restore_leaves_what_comes_into_a_folder_that_it_made(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    back = small.path / "restored"
+    real = zbackup.sync_filesystem
+
+    def sync(fd: int) -> None:
+        if not (back / "a/file").exists():
+            (back / "a/file").write_text("mine")
+        real(fd)
+
+    monkeypatch.setattr(zbackup, "sync_filesystem", sync)
+    with contextlib.closing(zbackup.open_store(str(small.store))) as store:
+        snapshot = store.node(FOLDER).list_snapshots()[-1]
+        with contextlib.closing(store.reader()) as reader:
+            done = zbackup.restore_snapshot(reader, snapshot, [], str(back), zbackup.RestoreOptions())
+    assert [problem.path for problem in done.problems] == ["a/file"]
+    assert (back / "a/file").read_text() == "mine"
+    assert list_tree(back) == {"a": "folder", "a/file": "file", "a/link": "link", "b": "file"}
+
+
 def test_restore_says_that_sockets_are_left_out(world: World) -> None:
     make_snapshot(world.store, [(describe("s", kind="socket"), None)])
     assert "1 sockets were left out" in world.run("restore", FOLDER, "--to", "restored").stdout

@@ -762,6 +762,32 @@ def test_index_finds_many_at_once(store: z.Store) -> None:
     assert store.index.find(digests) == {}
 
 
+def test_reader_looks_many_up_at_once(
+    store: z.Store, writer: z.PackWriter, reader: z.Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {writer.put_chunk(data): data for data in (b"one", b"two", b"three")}
+    writer.seal()
+    asked: list[int] = []
+    real = store.index.find_all
+    monkeypatch.setattr(store.index, "find_all", lambda digests: (asked.append(len(digests)), real(digests))[1])
+    reader.look_up([*wanted, bytes(32)])
+    assert {digest: reader.get(digest) for digest in wanted} == wanted
+    assert asked == [4]
+    later = writer.put_chunk(b"later")
+    writer.seal()
+    assert reader.get(later) == b"later"
+    with pytest.raises(z.MissingChunk):
+        reader.get(bytes(32))
+
+
+def test_reader_that_cannot_look_up_says_so_chunk_by_chunk(store: z.Store, reader: z.Reader) -> None:
+    (digest,) = fill(store.path, [b"text"])
+    store.index.close()
+    reader.look_up([digest])
+    with pytest.raises(z.StoreError, match="the index"):
+        reader.get(digest)
+
+
 def test_index_used_from_many_threads(store: z.Store) -> None:
     def put_and_find(number: int) -> bool:
         digests = [hashlib.sha256(b"%d.%d" % (number, i)).digest() for i in range(50)]
