@@ -929,6 +929,17 @@ def decode_patch(data: bytes) -> tuple[Run, ...]:
     return runs
 
 
+def slice_runs(runs: Sequence[Run], start: int, end: int) -> list[Run]:
+    """Return the runs of bytes `start` to `end` of what `runs` give."""
+    found, at = [], 0
+    for run in runs:
+        low, high = max(start, at), min(end, at + run.length)
+        if low < high:
+            found.append(Run(run.source, run.offset + low - at, high - low))
+        at += run.length
+    return found
+
+
 # ---- a snapshot ----
 
 
@@ -2982,8 +2993,10 @@ class Reader:
         return found
 
     def _read_runs(self, place: Place, digest: bytes) -> tuple[Run, ...]:
-        record, data = self._row(place)
-        return (Run(digest, 0, len(data)),) if record.kind == FRAME else decode_patch(bytes(data))
+        record = self.record(place)
+        if record.kind == FRAME:
+            return (Run(digest, 0, record.rows[place.place][1]),)
+        return decode_patch(bytes(self._row(place)[1]))
 
     def get(self, digest: bytes) -> bytes:
         """Return a chunk, checked; StoreError naming the pack where it is not what it was (I5)."""
@@ -3056,6 +3069,10 @@ class Reader:
         if record.kind != FRAME:
             raise FormatError(f"chunk {digest.hex()}, which a patch draws from, is a patch itself")
         return data
+
+    def read_runs(self, runs: Sequence[Run]) -> bytes:
+        """Return bytes of whole chunks, not checked."""
+        return self._assemble(runs, self._whole)
 
     def pages(self, digest: bytes) -> bytes:
         """Return the page hashes of a chunk, without reading its content where they are stored."""
@@ -6608,17 +6625,6 @@ def covers(changed: Sequence[tuple[int, int]], length: int, base: int) -> bool:
     return not kept or kept[-1][1] < length or length == base or length % PAGE == 0
 
 
-def slice_runs(runs: Sequence[Run], start: int, end: int) -> list[Run]:
-    """Return the runs of bytes `start` to `end` of what `runs` give."""
-    found, at = [], 0
-    for run in runs:
-        low, high = max(start, at), min(end, at + run.length)
-        if low < high:
-            found.append(Run(run.source, run.offset + low - at, high - low))
-        at += run.length
-    return found
-
-
 def patch_runs(base: Sequence[Run], changed: Sequence[tuple[int, int]], piece: bytes, length: int) -> list[Run]:
     """Return the runs of a chunk of `length` bytes: those of its base, but for the changed stretches.
 
@@ -7681,8 +7687,47 @@ def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> No
         os.ftruncate(fd, at)  # a hole at the end
 
 
+def find_stretches(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
+    """Yield first page and end of each stretch of pages that are not what they were, by their hashes."""
+    first = None
+    for number in range(len(new) // PAGE_HASH):
+        at = slice(number * PAGE_HASH, (number + 1) * PAGE_HASH)
+        if old[at] == new[at]:
+            if first is not None:
+                yield first, number
+            first = None
+        elif first is None:
+            first = number
+    if first is not None:
+        yield first, len(new) // PAGE_HASH
+
+
+def _read_stretches(reader: Reader, old: bytes, new: bytes, length: int) -> list[tuple[int, bytes]]:
+    runs, pages = reader.runs(new), reader.pages(new)
+    if sum(run.length for run in runs) != length:
+        raise StoreError(f"chunk {new.hex()} does not have the length that its file needs")
+    found = []
+    for first, end in find_stretches(reader.pages(old), pages):
+        data = reader.read_runs(slice_runs(runs, first * PAGE, end * PAGE))
+        if hash_pages(data) != pages[first * PAGE_HASH : end * PAGE_HASH]:
+            raise FormatError("other bytes than its pages had")
+        found.append((first * PAGE, data))
+    return found
+
+
+def read_changes(reader: Reader, old: bytes | None, new: bytes, length: int) -> list[tuple[int, bytes]]:
+    """Return offset and bytes of what chunk `new` has other than `old`, each page checked (I5)."""
+    if old is not None:
+        with contextlib.suppress(StoreError, FormatError):  # then whole, which tells where the damage is
+            return _read_stretches(reader, old, new, length)
+    data = reader.get(new)
+    if len(data) != length:
+        raise StoreError(f"chunk {new.hex()} does not have the length that its file needs")
+    return [(0, data)]
+
+
 def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, fd: int) -> None:
-    """Write a file's new content where its old one stands in the file `base`: only changed chunks are decoded."""
+    """Write a file's new content where its old one stands in the file `base`: only changed pages are read."""
     old, new = contents
     table = ChunkTable(reader, old)
     if not clone_file(base, fd):
@@ -7698,10 +7743,9 @@ def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, 
             raise StoreError("the chunks of the file have more bytes than it has")
         if table.get(number) == chunk and (min(CHUNK, old.size - at) == length or (chunk is None and at >= old.size)):
             continue  # as it was, or in the hole that ftruncate has made
-        data = reader.get(chunk) if chunk else bytes(length)
-        if len(data) != length:
-            raise StoreError(f"a chunk of {len(data)} bytes does not have the length that its file needs")
-        write_at(fd, data, at)
+        changes = read_changes(reader, table.get(number), chunk, length) if chunk else [(0, bytes(length))]
+        for offset, data in changes:
+            write_at(fd, data, at + offset)
 
 
 def _exists(folder: int, name: bytes) -> bool:

@@ -878,6 +878,20 @@ def test_node_name_of_several(small: World) -> None:
 # ---- larger contents ----
 
 
+@pytest.mark.parametrize("pages", ["", "a", "ab", "abc", "abcdefgh"])
+def test_stretches_of_changed_pages(pages: str) -> None:
+    old = b"".join(page.encode() * zbackup.PAGE_HASH for page in pages)
+    for mask in range(1 << (len(pages) + 1)):
+        changed = [number for number in range(len(pages) + 1) if mask >> number & 1 or number == len(pages)]
+        new = old + b"z" * zbackup.PAGE_HASH
+        for number in changed:
+            new = new[: number * 16] + b"!" * 16 + new[number * 16 + 16 :]
+        found = list(zbackup.find_stretches(old, new))
+        assert [number for first, end in found for number in range(first, end)] == changed
+        assert all(end < first for (_, end), (first, _) in zip(found, found[1:]))
+    assert list(zbackup.find_stretches(old, old)) == []
+
+
 def test_restore_file_with_lists(world: World) -> None:
     """A file of more chunks than one list names: zeros, a chunk at either end, a gap between."""
     with contextlib.closing(zbackup.open_store(str(world.store), create=True)) as store:

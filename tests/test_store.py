@@ -434,6 +434,15 @@ def test_pages_of_a_patch_of_pages_reads_no_content(writer: z.PackWriter, reader
     assert reader.pages(source) == z.hash_pages(base)
 
 
+def test_runs_and_pages_of_a_whole_chunk_read_no_content(
+    store: z.Store, reader: z.Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (digest,) = fill(store.path, [noise(z.CHUNK)])
+    monkeypatch.setattr(z, "load_raw", failing(errno.EIO))
+    assert reader.runs(digest) == (z.Run(digest, 0, z.CHUNK),)
+    assert reader.pages(digest) == z.hash_pages(noise(z.CHUNK))
+
+
 def test_runs_of_a_whole_chunk_and_of_a_patch(writer: z.PackWriter, reader: z.Reader) -> None:
     source = writer.put_chunk(b"some text")
     runs = (z.Run(source, 5, 4), z.Run(source, 0, 4))
