@@ -1419,6 +1419,32 @@ def sync_filesystem(fd: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+class Syncing:
+    """A sync_filesystem in a thread of its own, beside what is written meanwhile."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="sync")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            sync_filesystem(self._fd)
+        except BaseException as error:  # whatever it is, it must not pass for a sync
+            self._error = error
+
+    def join(self) -> None:
+        """Return when it has ended, well or not."""
+        self._thread.join()
+
+    def wait(self) -> None:
+        """Return when all that was written before is durable; raises what kept it from that."""
+        self.join()
+        if self._error:
+            raise self._error
+
+
 class Folders:
     """The folders below one folder, opened part by part without following a symlink.
 
@@ -7603,7 +7629,7 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
 # ==== 11. RESTORE: a snapshot back to files ====
 
 PUBLISH_FILES = 4096  # files written under temporary names before they are synced together
-PUBLISH_BYTES = 256 << 20
+PUBLISH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -7851,6 +7877,8 @@ class FileWriter:
         self._due: list[tuple[bytes, bytes, Stat | None]] = []  # path and temporary name of a file, or a folder's Stat
         self._due_names: dict[bytes, bytes] = {}  # of the files among them, for hard links
         self._due_bytes = 0
+        self._synced: list[tuple[bytes, bytes, Stat | None]] = []  # the due ones before, which `_syncing` is about
+        self._syncing: Syncing | None = None
         self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
         self._made: bytes | None = None  # the folder that was made last
         self._links = LinkTable()
@@ -8014,14 +8042,20 @@ class FileWriter:
         self.files += folder is None
         self.bytes += size
         if len(self._due) >= PUBLISH_FILES or self._due_bytes >= PUBLISH_BYTES:
-            self.sync()
+            self._publish_synced()
+            self._take_due()
+            self._syncing = Syncing(self.folders.root)
 
-    def sync(self) -> None:
-        """Make what is written durable, then give it its names; a folder's time comes after all in it."""
-        sync_filesystem(self.folders.root)
-        due, self._due, self._due_bytes = self._due, [], 0
-        self._due_names.clear()
+    def _take_due(self) -> None:
+        self._synced, self._due, self._due_bytes = self._due, [], 0
+
+    def _publish_synced(self) -> None:
+        """Give what is durable its names; a folder's time comes after all in it."""
+        if self._syncing:
+            self._syncing.wait()  # where it fails, nothing of it is ever published
+        due, self._synced, self._syncing = self._synced, [], None
         for path, temporary, stat in due:
+            self._due_names.pop(path, None)
             try:
                 if stat:
                     self._attributes.set_folder(self.folders.open(stat.path), stat)
@@ -8045,7 +8079,10 @@ class FileWriter:
         """Publish all and make it durable."""
         while self._inside:
             self._leave_folder()
-        self.sync()
+        self._publish_synced()
+        sync_filesystem(self.folders.root)
+        self._take_due()
+        self._publish_synced()
         sync_filesystem(self.folders.root)
         for what, count in self._attributes.unset.items():
             sentence = f"{what} of {count} paths could not be set, for want of rights or of support"
@@ -8053,7 +8090,9 @@ class FileWriter:
 
     def close(self) -> None:
         """Close all; what is not published is removed."""
-        for path, temporary, stat in self._due:
+        if self._syncing:
+            self._syncing.join()
+        for path, temporary, stat in (*self._synced, *self._due):
             if stat is None:
                 with contextlib.suppress(OSError):
                     self._unlink(path, temporary)

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -959,6 +960,53 @@ def test_restore_looks_chunks_up_together(world: World, monkeypatch: pytest.Monk
     assert done.problems == [] and done.files == 600
     assert len(looks) < 20
     assert all((world.path / f"restored/f{i:04}").read_bytes() == b"%d" % i for i in range(600))
+
+
+def restore_in_batches(world: World, monkeypatch: pytest.MonkeyPatch, sync: Any) -> zbackup.FileWriter:
+    """Restore ten files, three synced together, with another sync_filesystem."""
+    snapshot = make_snapshot(world.store, [(describe(f"f{i}"), b"%d" % i) for i in range(10)])
+    monkeypatch.setattr(zbackup, "PUBLISH_FILES", 3)
+    monkeypatch.setattr(zbackup, "sync_filesystem", sync)
+    opened = contextlib.closing(zbackup.open_store(str(world.store)))
+    with opened as store, contextlib.closing(store.reader()) as reader:
+        options = zbackup.RestoreOptions()
+        return zbackup.restore_snapshot(reader, snapshot, [], str(world.path / "restored"), options)
+
+
+def test_restore_publishes_only_what_was_synced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    back = world.path / "restored"
+    published: list[list[str]] = []
+    beside: list[bool] = []
+
+    def sync(fd: int) -> None:
+        published.append(sorted(path.name for path in back.glob("f*")))
+        beside.append(threading.current_thread() is not threading.main_thread())
+        time.sleep(0.1)  # what is published too early would be there by now
+        assert sorted(path.name for path in back.glob("f*")) == published[-1]
+
+    done = restore_in_batches(world, monkeypatch, sync)
+    names = [f"f{i}" for i in range(10)]
+    assert (done.problems, done.files) == ([], 10)
+    assert published == [[], names[:3], names[:6], names[:9], names]
+    assert beside == [True, True, True, False, False]
+    assert list_tree(back) == dict.fromkeys(names, "file")
+
+
+@pytest.mark.parametrize("error", [OSError(zbackup.errno.EIO, "of the disk"), RuntimeError("of the disk")])
+def test_restore_publishes_nothing_whose_sync_failed(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    calls: list[int] = []
+
+    def sync(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 2:  # of the second three, beside the third
+            raise error
+
+    with pytest.raises(type(error), match="of the disk"):
+        restore_in_batches(world, monkeypatch, sync)
+    assert list_tree(world.path / "restored") == {"f0": "file", "f1": "file", "f2": "file"}
+    assert len(calls) == 2
 
 
 def test_restore_leaves_what_comes_into_a_folder_that_it_made(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
