@@ -937,6 +937,17 @@ def decode_patch(data: bytes) -> tuple[Run, ...]:
     return runs
 
 
+def slice_runs(runs: Sequence[Run], start: int, end: int) -> list[Run]:
+    """Return the runs of bytes `start` to `end` of what `runs` give."""
+    found, at = [], 0
+    for run in runs:
+        low, high = max(start, at), min(end, at + run.length)
+        if low < high:
+            found.append(Run(run.source, run.offset + low - at, high - low))
+        at += run.length
+    return found
+
+
 # ---- a snapshot ----
 
 
@@ -1192,6 +1203,14 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
+    """Write all of `data` at an offset."""
+    view = memoryview(data)
+    while view:
+        done = os.pwrite(fd, view, at)
+        view, at = view[done:], at + done
+
+
 def read_range(fd: int, length: int, offset: int) -> bytes:
     """Return up to `length` bytes at `offset`; fewer only at the end of the file."""
     data = os.pread(fd, length, offset)
@@ -1337,8 +1356,7 @@ def copy_range(source: int, target: int, length: int, offset: int) -> None:
             done = os.copy_file_range(source, target, length, offset, offset)
         except (OSError, AttributeError):
             data = read_range(source, min(length, CHUNK), offset)
-            os.lseek(target, offset, os.SEEK_SET)
-            write_all(target, data)
+            write_at(target, data, offset)
             done = len(data)
         if done == 0:
             raise FormatError("a file became shorter while it was copied")
@@ -1405,6 +1423,32 @@ def sync_filesystem(fd: int) -> None:
     elif syncfs(fd) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+class Syncing:
+    """A sync_filesystem in a thread of its own, beside what is written meanwhile."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="sync")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            sync_filesystem(self._fd)
+        except BaseException as error:  # whatever it is, it must not pass for a sync
+            self._error = error
+
+    def join(self) -> None:
+        """Return when it has ended, well or not."""
+        self._thread.join()
+
+    def wait(self) -> None:
+        """Return when all that was written before is durable; raises what kept it from that."""
+        self.join()
+        if self._error:
+            raise self._error
 
 
 class Folders:
@@ -2900,16 +2944,24 @@ class Reader:
         self._records: OrderedDict[tuple[str, int], Record] = OrderedDict()
         self._raws: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._frames = frames  # decompressed frames kept: about 1 MiB each
+        self._found: dict[bytes, list[Place]] = {}  # by look_up
 
     def close(self) -> None:
         """Close the packs."""
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def look_up(self, digests: Sequence[bytes]) -> None:
+        """Find the places of what is read next in one step; those of the last time are forgotten."""
+        self._found = {}
+        with contextlib.suppress(StoreError):  # a damaged index: what is read tells it, digest by digest
+            self._found = self.index.find_all(digests)
+
     def find(self, digest: bytes) -> list[Place]:
         """Return the places of a digest, the most trusted first; MissingChunk where there is none."""
         place = self.open_pack.find(digest) if self.open_pack else None
-        places = ([place] if place else []) + self.index.find_all([digest]).get(digest, [])
+        known = self._found.get(digest) or self.index.find_all([digest]).get(digest, [])
+        places = [place, *known] if place else known
         if not places:
             raise MissingChunk(f"the store has no chunk {digest.hex()}; a pack is lost")
         return places
@@ -3052,6 +3104,10 @@ class Reader:
             raise FormatError(f"chunk {digest.hex()}, which a patch draws from, is a patch itself")
         return data
 
+    def read_runs(self, runs: Sequence[Run]) -> bytes:
+        """Return bytes of whole chunks, not checked."""
+        return self._assemble(runs, self._whole)
+
     def pages(self, digest: bytes) -> bytes:
         """Return the page hashes of a chunk, without reading its content where they are stored."""
         pages = self._join_pages(self.runs(digest))
@@ -3187,6 +3243,11 @@ def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
         yield from load_chunk_list(reader, digest)
 
 
+def list_named(entry: Entry) -> list[bytes]:
+    """Return all digests in the content's half of an entry, not decoded: also what only looks like one."""
+    return [bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)]
+
+
 def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bool]]:
     """Yield entries, and whether the store has all chunks that each one names.
 
@@ -3196,7 +3257,7 @@ def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Ent
         group = list(itertools.islice(entries, 256))
         if not group:
             return
-        names = [[bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)] for entry in group]
+        names = [list_named(entry) for entry in group]
         for entry, digests in zip(group, names):
             if b'"lists"' in entry.read:
                 with contextlib.suppress(StoreError, FormatError):
@@ -4099,7 +4160,7 @@ class Mark:
 
     def put_entry(self, entry: Entry) -> None:
         """Mark what an entry names."""
-        self.live.put(bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read))
+        self.live.put(list_named(entry))
         if b'"lists"' in entry.read:
             for digest in self._opened.put(entry.content.lists):
                 chunks = self._read(self._list_chunks, digest)
@@ -4565,7 +4626,7 @@ class Harm(TemporaryTable):
             failed = b'"error"' in entry.line or b'"error"' in entry.read
             grade = re.search(rb'"grade":"(\w+)"', entry.read)
             grades.append("partial" if failed else grade[1].decode() if grade else "")
-            missing = self._find_missing([bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)])
+            missing = self._find_missing(list_named(entry))
             if b'"lists"' in entry.read:
                 missing |= self._find_missing_of_lists(entry)
             if missing:
@@ -6763,17 +6824,6 @@ def covers(changed: Sequence[tuple[int, int]], length: int, base: int) -> bool:
     return not kept or kept[-1][1] < length or length == base or length % PAGE == 0
 
 
-def slice_runs(runs: Sequence[Run], start: int, end: int) -> list[Run]:
-    """Return the runs of bytes `start` to `end` of what `runs` give."""
-    found, at = [], 0
-    for run in runs:
-        low, high = max(start, at), min(end, at + run.length)
-        if low < high:
-            found.append(Run(run.source, run.offset + low - at, high - low))
-        at += run.length
-    return found
-
-
 def patch_runs(base: Sequence[Run], changed: Sequence[tuple[int, int]], piece: bytes, length: int) -> list[Run]:
     """Return the runs of a chunk of `length` bytes: those of its base, but for the changed stretches.
 
@@ -7758,7 +7808,7 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
 # ==== 11. RESTORE: a snapshot back to files ====
 
 PUBLISH_FILES = 4096  # files written under temporary names before they are synced together
-PUBLISH_BYTES = 256 << 20
+PUBLISH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -7797,18 +7847,32 @@ def find_entries(entries: Iterable[Entry], paths: Sequence[bytes], above: bool =
             yield entry
 
 
+def look_ahead(reader: Reader, pairs: Iterable[tuple[Entry, Entry | None]]) -> Iterator[tuple[Entry, Entry | None]]:
+    """Yield entries, each with what stands in its place, once the places of their chunks are looked up together."""
+    group: list[tuple[Entry, Entry | None]] = []
+    digests: list[bytes] = []
+    for pair in pairs:
+        group.append(pair)
+        digests += list_named(pair[0])
+        if len(group) == 256 or len(digests) >= 1000:
+            reader.look_up(digests)
+            yield from group
+            group, digests = [], []
+    reader.look_up(digests)
+    yield from group
+
+
 def _write_sparse(fd: int, data: bytes, at: int) -> None:
     view = memoryview(data)
     for start in range(0, len(data), PAGE):
         page = view[start : start + PAGE]
         if page != bytes(len(page)):
-            os.lseek(fd, at + start, os.SEEK_SET)
-            write_all(fd, page)
+            write_at(fd, page, at + start)
 
 
 def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> None:
     """Write a file's content, every chunk checked (I5); holes where it is sparse."""
-    at = 0
+    at = filled = 0
     for chunk in list_chunks(reader, content):
         if isinstance(chunk, int):
             at = min(at + chunk * CHUNK, content.size)  # a hole, whatever the file had there
@@ -7818,17 +7882,57 @@ def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> No
             raise StoreError(f"chunk {chunk.hex()} does not have the length that its file needs")
         if sparse:
             _write_sparse(fd, data, at)
+            at += len(data)
         else:
-            os.lseek(fd, at, os.SEEK_SET)
-            write_all(fd, data)
-        at += len(data)
+            write_at(fd, data, at)
+            at = filled = at + len(data)
     if at != content.size:
         raise StoreError(f"the chunks of the file have {at} bytes, not {content.size}")
-    os.ftruncate(fd, content.size)
+    if filled < at:
+        os.ftruncate(fd, at)  # a hole at the end
+
+
+def find_stretches(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
+    """Yield first page and end of each stretch of pages that are not what they were, by their hashes."""
+    first = None
+    for number in range(len(new) // PAGE_HASH):
+        at = slice(number * PAGE_HASH, (number + 1) * PAGE_HASH)
+        if old[at] == new[at]:
+            if first is not None:
+                yield first, number
+            first = None
+        elif first is None:
+            first = number
+    if first is not None:
+        yield first, len(new) // PAGE_HASH
+
+
+def _read_stretches(reader: Reader, old: bytes, new: bytes, length: int) -> list[tuple[int, bytes]]:
+    runs, pages = reader.runs(new), reader.pages(new)
+    if sum(run.length for run in runs) != length:
+        raise StoreError(f"chunk {new.hex()} does not have the length that its file needs")
+    found = []
+    for first, end in find_stretches(reader.pages(old), pages):
+        data = reader.read_runs(slice_runs(runs, first * PAGE, end * PAGE))
+        if hash_pages(data) != pages[first * PAGE_HASH : end * PAGE_HASH]:
+            raise FormatError("other bytes than its pages had")
+        found.append((first * PAGE, data))
+    return found
+
+
+def read_changes(reader: Reader, old: bytes | None, new: bytes, length: int) -> list[tuple[int, bytes]]:
+    """Return offset and bytes of what chunk `new` has other than `old`, each page checked (I5)."""
+    if old is not None:
+        with contextlib.suppress(StoreError, FormatError):  # then whole, which tells where the damage is
+            return _read_stretches(reader, old, new, length)
+    data = reader.get(new)
+    if len(data) != length:
+        raise StoreError(f"chunk {new.hex()} does not have the length that its file needs")
+    return [(0, data)]
 
 
 def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, fd: int) -> None:
-    """Write a file's new content where its old one stands in the file `base`: only changed chunks are decoded."""
+    """Write a file's new content where its old one stands in the file `base`: only changed pages are read."""
     old, new = contents
     table = ChunkTable(reader, old)
     if not clone_file(base, fd):
@@ -7844,11 +7948,9 @@ def write_changes(reader: Reader, contents: tuple[Content, Content], base: int, 
             raise StoreError("the chunks of the file have more bytes than it has")
         if table.get(number) == chunk and (min(CHUNK, old.size - at) == length or (chunk is None and at >= old.size)):
             continue  # as it was, or in the hole that ftruncate has made
-        data = reader.get(chunk) if chunk else bytes(length)
-        if len(data) != length:
-            raise StoreError(f"a chunk of {len(data)} bytes does not have the length that its file needs")
-        os.lseek(fd, at, os.SEEK_SET)
-        write_all(fd, data)
+        changes = read_changes(reader, table.get(number), chunk, length) if chunk else [(0, bytes(length))]
+        for offset, data in changes:
+            write_at(fd, data, at + offset)
 
 
 def _exists(folder: int, name: bytes) -> bool:
@@ -7954,7 +8056,10 @@ class FileWriter:
         self._due: list[tuple[bytes, bytes, Stat | None]] = []  # path and temporary name of a file, or a folder's Stat
         self._due_names: dict[bytes, bytes] = {}  # of the files among them, for hard links
         self._due_bytes = 0
+        self._synced: list[tuple[bytes, bytes, Stat | None]] = []  # the due ones before, which `_syncing` is about
+        self._syncing: Syncing | None = None
         self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
+        self._made: bytes | None = None  # the folder that was made last
         self._links = LinkTable()
         self._attributes = Attributes(options)
 
@@ -7993,19 +8098,27 @@ class FileWriter:
             self.skipped += 1  # made by its program at each start; `latest` is for files
         else:
             folder, name = self.folders.parent(stat.path, create=True)
-            if not self.options.overwrite and _exists(folder, name):
+            if not (self.options.overwrite or self._is_new(stat.path, name)) and _exists(folder, name):
                 raise FileExistsError
             temporary = self._name_temporary(name)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=folder)
             try:
-                self._make(entry, old, temporary)
+                self._make_anew(entry, old, temporary)
             except BaseException:
-                folder, _ = self.folders.parent(stat.path)
                 with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=folder)
+                    self._unlink(stat.path, temporary)
                 raise
             self._publish_later(stat.path, temporary, content.size)
+
+    def _unlink(self, path: bytes, temporary: bytes) -> None:
+        folder, _ = self.folders.parent(path)
+        os.unlink(temporary, dir_fd=folder)
+
+    def _make_anew(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
+        try:
+            self._make(entry, old, temporary)
+        except FileExistsError:  # left by a restore that was killed
+            self._unlink(entry.stat.path, temporary)
+            self._make(entry, old, temporary)
 
     def _name_temporary(self, name: bytes) -> bytes:
         digest = hashlib.sha256(self._token.encode() + name).hexdigest()
@@ -8088,6 +8201,11 @@ class FileWriter:
         self.folders.open(stat.path, create=True)
         if not self.options.private and (not existed or self.options.overwrite):
             self._inside.append(stat)
+            self._made = self._made if existed else stat.path
+
+    def _is_new(self, path: bytes, name: bytes) -> bool:
+        """Tell whether a path lies in the folder that was made last: nothing of others is there yet."""
+        return self._made is not None and path[: -len(name)] == self._made + b"/"
 
     def _leave_folder(self) -> None:
         stat = self._inside.pop()
@@ -8103,14 +8221,20 @@ class FileWriter:
         self.files += folder is None
         self.bytes += size
         if len(self._due) >= PUBLISH_FILES or self._due_bytes >= PUBLISH_BYTES:
-            self.sync()
+            self._publish_synced()
+            self._take_due()
+            self._syncing = Syncing(self.folders.root)
 
-    def sync(self) -> None:
-        """Make what is written durable, then give it its names; a folder's time comes after all in it."""
-        sync_filesystem(self.folders.root)
-        due, self._due, self._due_bytes = self._due, [], 0
-        self._due_names.clear()
+    def _take_due(self) -> None:
+        self._synced, self._due, self._due_bytes = self._due, [], 0
+
+    def _publish_synced(self) -> None:
+        """Give what is durable its names; a folder's time comes after all in it."""
+        if self._syncing:
+            self._syncing.wait()  # where it fails, nothing of it is ever published
+        due, self._synced, self._syncing = self._synced, [], None
         for path, temporary, stat in due:
+            self._due_names.pop(path, None)
             try:
                 if stat:
                     self._attributes.set_folder(self.folders.open(stat.path), stat)
@@ -8134,7 +8258,10 @@ class FileWriter:
         """Publish all and make it durable."""
         while self._inside:
             self._leave_folder()
-        self.sync()
+        self._publish_synced()
+        sync_filesystem(self.folders.root)
+        self._take_due()
+        self._publish_synced()
         sync_filesystem(self.folders.root)
         for what, count in self._attributes.unset.items():
             sentence = f"{what} of {count} paths could not be set, for want of rights or of support"
@@ -8142,11 +8269,12 @@ class FileWriter:
 
     def close(self) -> None:
         """Close all; what is not published is removed."""
-        for path, temporary, stat in self._due:
+        if self._syncing:
+            self._syncing.join()
+        for path, temporary, stat in (*self._synced, *self._due):
             if stat is None:
                 with contextlib.suppress(OSError):
-                    folder, _ = self.folders.parent(path)
-                    os.unlink(temporary, dir_fd=folder)
+                    self._unlink(path, temporary)
         self._links.close()
         self.folders.close()
 
@@ -8168,7 +8296,8 @@ def restore_snapshot(
         writer.fail(b"", f"some entries are lost: {error}", damaged=True)
 
     try:
-        for entry in find_entries(list_entries(reader, snapshot.blocks, on_damage), paths, above=True):
+        entries = find_entries(list_entries(reader, snapshot.blocks, on_damage), paths, above=True)
+        for entry, _ in look_ahead(reader, ((entry, None) for entry in entries)):
             writer.put(entry)
             if missing:
                 missing -= {path for path in missing if is_at_or_below(entry.stat.path, path)}
@@ -8276,9 +8405,13 @@ class Latest:
                 pairs = self._compare(self._blocks(name), snapshot)
                 found, unread = self._remove(writer, pairs, bool(snapshot.missing))
                 problems += found
-            for left, right in self._compare(self._blocks(state.snapshot), snapshot):
-                if right and (left is None or not _looks_equal(left, right)) and not right.content.error:
-                    writer.put(right, left)
+            due = (
+                (right, left)
+                for left, right in self._compare(self._blocks(state.snapshot), snapshot)
+                if right and (left is None or not _looks_equal(left, right)) and not right.content.error
+            )
+            for entry, old in look_ahead(self.reader, due):
+                writer.put(entry, old)
             writer.finish()
         finally:
             writer.close()

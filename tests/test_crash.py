@@ -127,7 +127,7 @@ def seal_last(real: Any) -> Any:
 PUT_PACK = "self.index.put_pack(name, ((d, at, i) for at, _, digests in self._records for i, d in enumerate(digests)))"
 SYNC_PACK = "            os.fsync(self.fd)\n            make_folder(folder)\n"
 SYNC_FILE = "        os.fsync(fd)\n        publish(temporary, path, replacing)\n"
-SYNC_LATEST = "        sync_filesystem(self.folders.root)\n        due, self._due"
+SYNC_LATEST = "        sync_filesystem(self.folders.root)\n        self._take_due"
 BROKEN = {
     "names are not synced": ("second pull", replace_name("sync_folder", do_nothing)),
     "packs are not synced": ("second pull", change_text((SYNC_PACK, "            make_folder(folder)\n"))),
@@ -140,7 +140,7 @@ BROKEN = {
             ("        folder.drop_progress()\n", "        folder.drop_progress()\n        intake.writer.seal()\n"),
         ),
     ),
-    "latest is not synced": ("pull and latest", change_text((SYNC_LATEST, "        due, self._due"))),
+    "latest is not synced": ("pull and latest", change_text((SYNC_LATEST, "        self._take_due"))),
     "leftovers stay": ("second pull", replace_name("execute_leftovers", do_nothing)),
     "old packs go first": ("prune", replace_name("Repacker.finish", seal_last)),
     "removed snapshots are not synced": (

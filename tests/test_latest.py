@@ -497,6 +497,85 @@ def test_latest_zeros_that_end_inside_a_chunk(series: Series, cut: int) -> None:
     assert (series.latest / "large").read_bytes() == X + bytes(4 * MIB - cut)
 
 
+def make_patched(series: Series, places: dict[int, bytes]) -> tuple[list[bytes], bytes]:
+    """Store LARGE's first chunk, and a patch of it with other pages; returns both digests and what it gives."""
+    before = LARGE[:MIB]
+    after = bytearray(before)
+    for at, page in places.items():
+        after[at : at + zbackup.PAGE] = page
+    with contextlib.closing(zbackup.open_store(str(series.store), create=True)) as store:
+        writer = zbackup.PackWriter(store.packs, store.index, zbackup.PLAIN, 1)
+        whole = writer.put_chunk(before)
+        writer.seal()
+        piece = writer.put_chunk(b"".join(places.values()))
+        changed = [(at, at + zbackup.PAGE) for at in places]
+        digest = zbackup.digest_pages(zbackup.hash_pages(after))
+        writer.put_patch(digest, zbackup.patch_runs([zbackup.Run(whole, 0, MIB)], changed, piece, MIB))
+        writer.seal()
+    return [whole, digest], bytes(after)
+
+
+PATCHED = {5 * zbackup.PAGE: b"p" * zbackup.PAGE, 255 * zbackup.PAGE: b"q" * zbackup.PAGE}
+
+
+def show_patched(series: Series, digests: list[bytes]) -> list[list[zbackup.Problem]]:
+    """Show a file of two chunks, the second before and after its patch."""
+    tail = LARGE[MIB : 2 * MIB]
+    return [
+        series.show(
+            (
+                file("large", NOON + i, size=2 * MIB),
+                zbackup.Content(2 * MIB, (digest, tail_of(series, tail)), (), "stable"),
+            )
+        )
+        for i, digest in enumerate(digests)
+    ]
+
+
+def tail_of(series: Series, data: bytes) -> bytes:
+    with contextlib.closing(zbackup.open_store(str(series.store))) as store:
+        writer = zbackup.PackWriter(store.packs, store.index, zbackup.PLAIN, 1)
+        digest = writer.put_chunk(data)
+        writer.seal()
+    return digest
+
+
+def test_latest_patched_chunk_costs_its_pages_alone(series: Series, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests, after = make_patched(series, PATCHED)
+    written: list[tuple[int, int]] = []
+    real = zbackup.write_at
+    monkeypatch.setattr(
+        zbackup, "write_at", lambda fd, data, at: (written.append((at, len(data))), real(fd, data, at))[1]
+    )
+    assert show_patched(series, digests) == [[], []]
+    assert written == [(0, MIB), (MIB, MIB), (5 * zbackup.PAGE, zbackup.PAGE), (255 * zbackup.PAGE, zbackup.PAGE)]
+    assert (series.latest / "large").read_bytes() == after + LARGE[MIB : 2 * MIB]
+
+
+def test_latest_damaged_source_of_a_patch_is_never_written(series: Series) -> None:
+    digests, _ = make_patched(series, PATCHED)
+    (pack,) = [path for path in list_packs(series.store) if path.read_bytes().count(PATCHED[5 * zbackup.PAGE])]
+    damage(pack, pack.read_bytes().index(b"p" * zbackup.PAGE) + 100)
+    first, second = show_patched(series, digests)
+    assert first == [] and [problem.path for problem in second] == ["large"]
+    assert pack.stem in second[0].message
+    assert (series.latest / "large").read_bytes() == LARGE[: 2 * MIB]
+
+
+def test_latest_patch_of_what_is_lost_is_read_whole(series: Series) -> None:
+    """The old chunk need not be in the store any more: the file has its bytes, but not which pages they were."""
+    tail = LARGE[MIB : 2 * MIB]
+    old = os.urandom(MIB)
+    assert show_chunks(series, NOON, 2 * MIB, [old, tail]) == []
+    for pack in list_packs(series.store):
+        if old[:MIB] in pack.read_bytes():
+            pack.unlink()
+    (series.store / "index.sqlite").unlink()
+    new = b"n" + old[1:]
+    show_chunks(series, NOON + 1, 2 * MIB, [new, tail])
+    assert (series.latest / "large").read_bytes() == new + tail
+
+
 def test_latest_large_file_tampered_with(series: Series) -> None:
     series.show((file("large"), LARGE))
     damage(series.latest / "large", 5)

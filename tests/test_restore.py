@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -878,6 +879,20 @@ def test_node_name_of_several(small: World) -> None:
 # ---- larger contents ----
 
 
+@pytest.mark.parametrize("pages", ["", "a", "ab", "abc", "abcdefgh"])
+def test_stretches_of_changed_pages(pages: str) -> None:
+    old = b"".join(page.encode() * zbackup.PAGE_HASH for page in pages)
+    for mask in range(1 << (len(pages) + 1)):
+        changed = [number for number in range(len(pages) + 1) if mask >> number & 1 or number == len(pages)]
+        new = old + b"z" * zbackup.PAGE_HASH
+        for number in changed:
+            new = new[: number * 16] + b"!" * 16 + new[number * 16 + 16 :]
+        found = list(zbackup.find_stretches(old, new))
+        assert [number for first, end in found for number in range(first, end)] == changed
+        assert all(end < first for (_, end), (first, _) in zip(found, found[1:]))
+    assert list(zbackup.find_stretches(old, old)) == []
+
+
 def test_restore_file_with_lists(world: World) -> None:
     """A file of more chunks than one list names: zeros, a chunk at either end, a gap between."""
     with contextlib.closing(zbackup.open_store(str(world.store), create=True)) as store:
@@ -931,6 +946,86 @@ def test_restore_file_called_like_a_temporary_one(world: World) -> None:
     make_snapshot(world.store, [(describe(leftover), b"leftover"), (describe("x"), b"right")])
     back = world.restore("--overwrite", code=None)
     assert (back / "x").read_text() == "right"
+
+
+def test_restore_looks_chunks_up_together(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(world.store, [(describe(f"f{i:04}"), b"%d" % i) for i in range(600)])
+    looks: list[int] = []
+    real = zbackup.Index.find_all
+    monkeypatch.setattr(zbackup.Index, "find_all", lambda index, digests: (looks.append(1), real(index, digests))[1])
+    opened = contextlib.closing(zbackup.open_store(str(world.store)))
+    with opened as store, contextlib.closing(store.reader()) as reader:
+        options = zbackup.RestoreOptions()
+        done = zbackup.restore_snapshot(reader, snapshot, [], str(world.path / "restored"), options)
+    assert done.problems == [] and done.files == 600
+    assert len(looks) < 20
+    assert all((world.path / f"restored/f{i:04}").read_bytes() == b"%d" % i for i in range(600))
+
+
+def restore_in_batches(world: World, monkeypatch: pytest.MonkeyPatch, sync: Any) -> zbackup.FileWriter:
+    """Restore ten files, three synced together, with another sync_filesystem."""
+    snapshot = make_snapshot(world.store, [(describe(f"f{i}"), b"%d" % i) for i in range(10)])
+    monkeypatch.setattr(zbackup, "PUBLISH_FILES", 3)
+    monkeypatch.setattr(zbackup, "sync_filesystem", sync)
+    opened = contextlib.closing(zbackup.open_store(str(world.store)))
+    with opened as store, contextlib.closing(store.reader()) as reader:
+        options = zbackup.RestoreOptions()
+        return zbackup.restore_snapshot(reader, snapshot, [], str(world.path / "restored"), options)
+
+
+def test_restore_publishes_only_what_was_synced(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    back = world.path / "restored"
+    published: list[list[str]] = []
+    beside: list[bool] = []
+
+    def sync(fd: int) -> None:
+        published.append(sorted(path.name for path in back.glob("f*")))
+        beside.append(threading.current_thread() is not threading.main_thread())
+        time.sleep(0.1)  # what is published too early would be there by now
+        assert sorted(path.name for path in back.glob("f*")) == published[-1]
+
+    done = restore_in_batches(world, monkeypatch, sync)
+    names = [f"f{i}" for i in range(10)]
+    assert (done.problems, done.files) == ([], 10)
+    assert published == [[], names[:3], names[:6], names[:9], names]
+    assert beside == [True, True, True, False, False]
+    assert list_tree(back) == dict.fromkeys(names, "file")
+
+
+@pytest.mark.parametrize("error", [OSError(zbackup.errno.EIO, "of the disk"), RuntimeError("of the disk")])
+def test_restore_publishes_nothing_whose_sync_failed(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    calls: list[int] = []
+
+    def sync(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 2:  # of the second three, beside the third
+            raise error
+
+    with pytest.raises(type(error), match="of the disk"):
+        restore_in_batches(world, monkeypatch, sync)
+    assert list_tree(world.path / "restored") == {"f0": "file", "f1": "file", "f2": "file"}
+    assert len(calls) == 2
+
+
+def test_restore_leaves_what_comes_into_a_folder_that_it_made(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    back = small.path / "restored"
+    real = zbackup.sync_filesystem
+
+    def sync(fd: int) -> None:
+        if not (back / "a/file").exists():
+            (back / "a/file").write_text("mine")
+        real(fd)
+
+    monkeypatch.setattr(zbackup, "sync_filesystem", sync)
+    with contextlib.closing(zbackup.open_store(str(small.store))) as store:
+        snapshot = store.node(FOLDER).list_snapshots()[-1]
+        with contextlib.closing(store.reader()) as reader:
+            done = zbackup.restore_snapshot(reader, snapshot, [], str(back), zbackup.RestoreOptions())
+    assert [problem.path for problem in done.problems] == ["a/file"]
+    assert (back / "a/file").read_text() == "mine"
+    assert list_tree(back) == {"a": "folder", "a/file": "file", "a/link": "link", "b": "file"}
 
 
 def test_restore_says_that_sockets_are_left_out(world: World) -> None:

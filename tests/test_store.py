@@ -434,6 +434,15 @@ def test_pages_of_a_patch_of_pages_reads_no_content(writer: z.PackWriter, reader
     assert reader.pages(source) == z.hash_pages(base)
 
 
+def test_runs_and_pages_of_a_whole_chunk_read_no_content(
+    store: z.Store, reader: z.Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (digest,) = fill(store.path, [noise(z.CHUNK)])
+    monkeypatch.setattr(z, "load_raw", failing(errno.EIO))
+    assert reader.runs(digest) == (z.Run(digest, 0, z.CHUNK),)
+    assert reader.pages(digest) == z.hash_pages(noise(z.CHUNK))
+
+
 def test_runs_of_a_whole_chunk_and_of_a_patch(writer: z.PackWriter, reader: z.Reader) -> None:
     source = writer.put_chunk(b"some text")
     runs = (z.Run(source, 5, 4), z.Run(source, 0, 4))
@@ -760,6 +769,32 @@ def test_index_finds_many_at_once(store: z.Store) -> None:
     assert store.index.find(digests) == {d: z.Place("0" * 64, 8, i) for i, d in enumerate(digests[:1500])}
     store.index.reset()
     assert store.index.find(digests) == {}
+
+
+def test_reader_looks_many_up_at_once(
+    store: z.Store, writer: z.PackWriter, reader: z.Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {writer.put_chunk(data): data for data in (b"one", b"two", b"three")}
+    writer.seal()
+    asked: list[int] = []
+    real = store.index.find_all
+    monkeypatch.setattr(store.index, "find_all", lambda digests: (asked.append(len(digests)), real(digests))[1])
+    reader.look_up([*wanted, bytes(32)])
+    assert {digest: reader.get(digest) for digest in wanted} == wanted
+    assert asked == [4]
+    later = writer.put_chunk(b"later")
+    writer.seal()
+    assert reader.get(later) == b"later"
+    with pytest.raises(z.MissingChunk):
+        reader.get(bytes(32))
+
+
+def test_reader_that_cannot_look_up_says_so_chunk_by_chunk(store: z.Store, reader: z.Reader) -> None:
+    (digest,) = fill(store.path, [b"text"])
+    store.index.close()
+    reader.look_up([digest])
+    with pytest.raises(z.StoreError, match="the index"):
+        reader.get(digest)
 
 
 def test_index_used_from_many_threads(store: z.Store) -> None:
