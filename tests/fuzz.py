@@ -926,7 +926,7 @@ def mend_item(item: dict[str, Any], want: z.Want, raw: bytes) -> bytes:
         item["digest"] = digest_of(raw[:length]).hex()
         return raw[length:]
     if item.get("status") == "patch":
-        changed = z.Receiver._decode_runs(z.Fields.inside(item, "an item"), length)
+        changed = z.decode_stretches(z.Fields.inside(item, "an item"), "runs", length)
         size = sum(end - start for start, end in changed)
         item["digest"] = digest_of(z.patch_data(base_of(want), changed, raw[:size], min(length, z.CHUNK))).hex()
         return raw[size:]
