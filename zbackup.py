@@ -6651,50 +6651,6 @@ class Slot:
         self.entry = Entry(self.line, encode_content(content))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a chunk that a node has told of comes together."""
-
-    told: Told
-    need: tuple[tuple[int, int], ...]  # start and end of the bytes that the node is to send
-    runs: tuple[Run, ...] = ()  # of the whole chunk, those that are needed in the source GAP
-    old: bytes = b""  # the bytes that are not needed in their places, where the chunk is to be written whole
-
-    @property
-    def size(self) -> int:
-        """The bytes that are needed."""
-        return sum(end - start for start, end in self.need)
-
-    @property
-    def hashes(self) -> bytes:
-        """The hashes of the pages that are needed."""
-        size, told = PAGE_HASH, self.told
-        return b"".join(told.hashes[start // PAGE * size : count_pages(end) * size] for start, end in self.need)
-
-
-@dataclass(frozen=True)
-class Want:
-    """One item of a READ question, kept until its answer comes."""
-
-    slot: Slot
-    chunk: int
-    base: bytes | None  # digest of the chunk that the node may answer against
-    pages: bytes  # and its page hashes
-    tell: bool = False  # the node should tell of the chunk before it sends it
-    plan: Plan | None = None  # it has told: of the chunk, only what is needed
-
-
-@dataclass(frozen=True)
-class Got:
-    """One item of a READ answer, checked and stored."""
-
-    status: str
-    fields: Fields
-    chunk: bytes | int = 0  # digest, or a number of chunks of zeros
-    length: int = 0
-    told: Told | None = None  # what the node has told of the chunk: where the status is "pages", nothing is stored
-
-
 def covers(changed: Sequence[tuple[int, int]], length: int, base: int) -> bool:
     """Tell whether changed stretches and a base of `base` bytes give a chunk of `length` bytes.
 
@@ -6756,7 +6712,6 @@ def patch_data(base: bytes, changed: Sequence[tuple[int, int]], new: bytes | mem
 
 # ---- content that moved within its file ----
 
-GAP = b""  # the source of a run of bytes that are still to come
 OLD_CHUNKS = 16  # of a file's old content in memory: more than are looked through for one chunk
 SCAN_LIMIT = 16 << 20  # bytes that are scanned for the pages of one chunk around one place: some ms
 SCAN_NEAR = 8 << 10  # bytes to either side of where a page is expected that are scanned first
@@ -6810,8 +6765,11 @@ class OldContent:
             yield self.chunk(number), max(start, low) - low, min(end - low, CHUNK)
 
     def read(self, start: int, end: int) -> bytes:
-        """Return bytes of it."""
-        return b"".join(chunk.data[low:high] for chunk, low, high in self._cut(start, end))
+        """Return bytes of it; b"" where one of them is lost, or beyond its ends."""
+        if not 0 <= start <= end <= self.size:
+            return b""
+        cut = list(self._cut(start, end))
+        return b"".join(chunk.data[low:high] for chunk, low, high in cut if all(chunk.runs for chunk, _, _ in cut))
 
     def runs(self, start: int, end: int) -> list[Run]:
         """Return the runs of whole chunks that give bytes of it."""
@@ -6902,6 +6860,89 @@ class Search:
         return joined
 
 
+def count_equal(one: bytes, other: bytes, at_end: bool = False) -> int:
+    """Return how many bytes are equal at the start, or at the end, of both."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[-middle:] == other[-middle:] if at_end else one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a chunk that a node has told of comes together, of old content and of what the node is to send."""
+
+    told: Told
+    parts: tuple[tuple[int, int, int], ...]  # start, end and old place, as Search.stretches gives them
+    old: OldContent
+
+    @property
+    def need(self) -> list[tuple[int, int]]:
+        """Start and end of the bytes that are needed."""
+        return [(start, end) for start, end, place in self.parts if place < 0]
+
+    @property
+    def size(self) -> int:
+        """The number of bytes that are needed."""
+        return sum(end - start for start, end in self.need)
+
+    @property
+    def hashes(self) -> bytes:
+        """The hashes of the pages that are needed."""
+        size, told = PAGE_HASH, self.told
+        return b"".join(told.hashes[start // PAGE * size : count_pages(end) * size] for start, end in self.need)
+
+    def without_old(self) -> Plan:
+        """Return a plan that needs the whole chunk."""
+        return replace(self, parts=((0, self.told.length, -1),))
+
+    def join(self, needed: bytes | memoryview) -> bytes:
+        """Return the chunk, given what was needed; too short where old content was lost meanwhile."""
+        chunk, at = [], 0
+        for start, end, place in self.parts:
+            if place < 0:
+                chunk.append(bytes(needed[at : at + end - start]))
+                at += end - start
+            else:
+                chunk.append(self.old.read(place, place + end - start))
+        return b"".join(chunk)
+
+    def narrow(self, chunk: bytes) -> list[tuple[int, int, int]]:
+        """Return the parts, each old one as long as it can be: of a page that is new, most bytes are often old."""
+        parts = list(self.parts)
+        for i, (start, end, place) in enumerate(self.parts):
+            if place >= 0:
+                continue
+            if i:
+                first, _, before = parts[i - 1]
+                old = self.old.read(before + start - first, min(before + end - first, self.old.size))
+                start += count_equal(chunk[start:end], old)
+                parts[i - 1] = (first, start, before)
+            if i + 1 < len(parts):
+                _, last, after = parts[i + 1]
+                same = count_equal(chunk[start:end], self.old.read(max(0, after - (end - start)), after), at_end=True)
+                end -= same
+                parts[i + 1] = (end, last, after - same)
+            parts[i] = (start, end, -1)
+        return [part for part in parts if part[0] < part[1]]
+
+    def draw(self, parts: Sequence[tuple[int, int, int]], piece: bytes) -> list[Run]:
+        """Return the runs of the chunk: what is new stands joined in the chunk `piece`."""
+        runs: list[Run] = []
+        taken = 0
+        for start, end, place in parts:
+            if place < 0:
+                runs.append(Run(piece, taken, end - start))
+                taken += end - start
+            else:
+                runs += self.old.runs(place, place + end - start)
+        return runs
+
+
 class Finder:
     """Finds what moved within one file, chunk after chunk."""
 
@@ -6915,6 +6956,10 @@ class Finder:
         """Tell whether the node should tell of a chunk before it sends it: a question more, if it is in vain."""
         within = number * CHUNK < max(1, self._old.size) or self._moved
         return within and (self._vain < IN_VAIN or number % IN_VAIN == 0)
+
+    def is_undecided(self, number: int) -> bool:
+        """Tell whether a chunk is the first beyond the old end, so that answers on their way may make it worth it."""
+        return number > 0 and number == count_chunks(self._old.size) and not self._moved
 
     def note_known(self) -> None:
         """Note that the store had a chunk that the node told of."""
@@ -6932,28 +6977,36 @@ class Finder:
                 places.append(place)
         if not search.has_found(WORTH):
             self._vain += 1
-            return Plan(told, ((0, told.length),))
+            return Plan(told, ((0, told.length, -1),), self._old)
         self._vain = 0
-        return self._plan(search, number)
+        parts = search.stretches()
+        start, _, place = next(part for part in reversed(parts) if part[2] >= 0)
+        self._shift = number * CHUNK + start - place
+        self._moved = self._moved or self._shift != 0
+        return Plan(told, tuple(parts), self._old)
 
-    def _plan(self, search: Search, number: int) -> Plan:
-        told, parts = search.told, search.stretches()
-        runs: list[Run] = []
-        for start, end, place in parts:
-            if place < 0:
-                runs.append(Run(GAP, 0, end - start))
-            else:
-                runs += self._old.runs(place, place + end - start)
-                self._shift = number * CHUNK + start - place
-                self._moved = self._moved or self._shift != 0
-        need = tuple((start, end) for start, end, place in parts if place < 0)
-        old = b""
-        if needs_whole(runs, told.length):
-            old = b"".join(
-                bytes(end - start) if place < 0 else self._old.read(place, place + end - start)
-                for start, end, place in parts
-            )
-        return Plan(told, need, tuple(runs), old)
+
+@dataclass(frozen=True)
+class Want:
+    """One item of a READ question, kept until its answer comes."""
+
+    slot: Slot
+    chunk: int
+    base: bytes | None  # digest of the chunk that the node may answer against
+    pages: bytes  # and its page hashes
+    tell: bool = False  # the node should tell of the chunk before it sends it
+    plan: Plan | None = None  # it has told: of the chunk, only what is needed
+
+
+@dataclass(frozen=True)
+class Got:
+    """One item of a READ answer, checked and stored."""
+
+    status: str
+    fields: Fields
+    chunk: bytes | int = 0  # digest, or a number of chunks of zeros
+    length: int = 0
+    told: Told | None = None  # what the node has told of the chunk: where the status is "pages", nothing is stored
 
 
 def can_tell(data: bytes | memoryview) -> bool:
@@ -7007,15 +7060,12 @@ class Receiver:
         if raw:
             raise ProtocolError("sent more bytes than its answer names")
         self.writer.put_frame(codec, message.body, self._pieces)
-        for patch in self._patches:
-            self._put_patch(*patch)
+        for digest, runs, whole in self._patches:
+            if whole is None:
+                self.writer.put_patch(digest, runs)
+            else:
+                self.writer.put_chunk(whole)
         return found
-
-    def _put_patch(self, digest: bytes, runs: Sequence[Run], whole: bytes | None) -> None:
-        if whole is None:
-            self.writer.put_patch(digest, runs)
-        else:
-            self.writer.put_chunk(whole)
 
     def _take_item(self, item: Fields, want: Want, raw: memoryview) -> tuple[Got, memoryview]:
         status = item.text("status", limit=20)
@@ -7129,18 +7179,30 @@ class Receiver:
         piece = self._piece(raw[:size])
         if piece.pages != plan.hashes:
             return Got("later", item), raw[size:]  # it has changed since the node told of it
-        self._pieces.append(piece)
         if size == told.length:
+            self._pieces.append(piece)
             self._watch(want, told.digest, piece.data)
-        else:
-            runs = patch_runs(plan.runs, plan.need, piece.digest, told.length)
-            whole = patch_data(plan.old, plan.need, piece.data, told.length) if plan.old else None
-            self._patches.append((told.digest, runs, whole))
+        elif not self.put_moved(plan, piece.data):
+            return Got("later", item), raw[size:]
         return Got("part", item, told.digest, told.length), raw[size:]
 
-    def put_moved(self, plan: Plan) -> None:
-        """Put a chunk of which the store has every byte already."""
-        self._put_patch(plan.told.digest, plan.runs, plan.old or None)
+    def put_moved(self, plan: Plan, needed: bytes | memoryview = b"") -> bool:
+        """Put a chunk that consists of old content and of what was needed; tells whether the old one is still there."""
+        told, chunk = plan.told, plan.join(needed)
+        if len(chunk) != told.length:
+            return False
+        parts = plan.narrow(chunk)
+        new = b"".join(chunk[start:end] for start, end, place in parts if place < 0)
+        runs = plan.draw(parts, digest_pages(hash_pages(new)))
+        if sum(run.length for run in runs) != told.length:
+            return False
+        if needs_whole(runs, told.length) or told.digest in self.reader.distrusted:
+            self.writer.put_chunk(chunk)
+            return True
+        if new:
+            self.writer.put_chunk(new)
+        self.writer.put_patch(told.digest, runs)
+        return True
 
     @staticmethod
     def _patch_pages(base: bytes, changed: Sequence[tuple[int, int]], new: bytes, length: int) -> bytes:
@@ -7239,7 +7301,7 @@ class Intake:
                 fields["pages"] = len(want.pages) // PAGE_HASH
             if want.plan:
                 fields["need"] = encode_stretches(want.plan.need)
-            elif want.tell:
+            if want.tell:
                 fields["tell"] = True
             files.append(fields)
 
@@ -7318,7 +7380,7 @@ class Reading:
         while self._content and not self._over and self.chunks.count < self._total:
             if self._again:
                 self._ask(self._again.popleft())
-            elif self._next < self._total:
+            elif self._next < self._total and not (self._owed and self._finder.is_undecided(self._next)):
                 self._ask_next()
             elif self._owed:
                 self.intake.step()
@@ -7368,10 +7430,11 @@ class Reading:
         if got.status == "pages" and got.told:
             plan = self._finder.find(want.chunk, got.told, self._content.size if self._content else 0)
             if plan.need:
-                self._again.append(replace(want, plan=plan))
-            else:
-                self.intake.receiver.put_moved(plan)
+                self._again.append(replace(want, tell=False, plan=plan))
+            elif self.intake.receiver.put_moved(plan):
                 self._arrange(want.chunk, got)
+            else:
+                self._again.append(replace(want, tell=False, plan=plan.without_old()))
         else:
             if got.told:
                 self._finder.note_known()
