@@ -30,9 +30,9 @@ pages' hashes, each a SHA-256 cut to 16 bytes.  A chunk is kept *whole* or as a
 *patch*, runs of bytes of whole chunks.  A *frame* is about 1 MiB of chunks
 compressed together, a *pack* an append-only file of frames, the *index* a
 SQLite table from digest to place.  A *needle* is the first 16 bytes of a page,
-by which it is looked for where it stood in the old version of its file.  An *entry* is one path and its content, a
-*block* some hundred entries, a *snapshot* all entries of one node at one time.
-A *sweep* is one pass over the addresses.
+by which it is looked for in the old version of its file.  An *entry* is one
+path and its content, a *block* some hundred entries, a *snapshot* all entries
+of one node at one time.  A *sweep* is one pass over the addresses.
 
 On disk (the formats stand in RECORDS):
 
@@ -6769,7 +6769,8 @@ class OldContent:
         if not 0 <= start <= end <= self.size:
             return b""
         cut = list(self._cut(start, end))
-        return b"".join(chunk.data[low:high] for chunk, low, high in cut if all(chunk.runs for chunk, _, _ in cut))
+        whole = all(chunk.runs for chunk, _, _ in cut)
+        return b"".join(chunk.data[low:high] for chunk, low, high in cut) if whole else b""
 
     def runs(self, start: int, end: int) -> list[Run]:
         """Return the runs of whole chunks that give bytes of it."""
@@ -7135,7 +7136,7 @@ class Receiver:
         base = self.reader.runs(want.base)
         if not covers(changed, length, sum(run.length for run in base)):
             raise ProtocolError("sent a patch that leaves a part of the chunk open")
-        runs = patch_runs(base, changed, piece.digest, length)
+        runs = self._draw_from_whole(patch_runs(base, changed, piece.digest, length), piece.digest)
         self._pieces.append(piece)
         if 2 * size > length:
             self._watch(want, piece.digest, piece.data)
@@ -7193,7 +7194,8 @@ class Receiver:
             return False
         parts = plan.narrow(chunk)
         new = b"".join(chunk[start:end] for start, end, place in parts if place < 0)
-        runs = plan.draw(parts, digest_pages(hash_pages(new)))
+        piece = digest_pages(hash_pages(new))
+        runs = self._draw_from_whole(plan.draw(parts, piece), piece)
         if sum(run.length for run in runs) != told.length:
             return False
         if needs_whole(runs, told.length) or told.digest in self.reader.distrusted:
@@ -7203,6 +7205,18 @@ class Receiver:
             self.writer.put_chunk(new)
         self.writer.put_patch(told.digest, runs)
         return True
+
+    def _draw_from_whole(self, runs: list[Run], piece: bytes) -> list[Run]:
+        """Return runs that name whole chunks only: what is new may be known, as a small file, and kept as a patch."""
+        if self.writer.unknown([piece]):
+            return runs
+        try:
+            below = self.reader.runs(piece)
+        except (StoreError, FormatError):
+            self.reader.distrusted.add(piece)  # then it is put as a whole chunk
+            return runs
+        cut = (slice_runs(below, run.offset, run.offset + run.length) if run.source == piece else [run] for run in runs)
+        return list(itertools.chain.from_iterable(cut))
 
     @staticmethod
     def _patch_pages(base: bytes, changed: Sequence[tuple[int, int]], new: bytes, length: int) -> bytes:

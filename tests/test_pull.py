@@ -914,3 +914,20 @@ def test_zstd_store_without_zstd(world: World) -> None:
     world.env = hide_zstd(world)
     said = world.run("restore", "127.0.0.9", "--to", "restored", code=None)
     assert said.returncode and "install backports.zstd" in said.stderr
+
+
+def test_pages_that_the_store_has_as_a_patch(calm: World) -> None:
+    """A patch draws from whole chunks only, also where what is new in it is known as a small file, kept as a patch."""
+    big, pages = os.urandom(2 * MIB), os.urandom(2 * PAGE)
+    (calm.files / "big").write_bytes(big)
+    (calm.files / "small").write_bytes(pages)
+    pull(calm, "--no-latest")
+    pages = os.urandom(PAGE) + pages[PAGE:]
+    (calm.files / "small").write_bytes(pages)
+    pull(calm, "--no-latest")
+    (calm.files / "big").write_bytes(big[: 9 * PAGE] + pages + big[11 * PAGE :])
+    pull(calm, "--no-latest")
+    check_restored(calm)
+    (calm.files / "big").write_bytes(big[: 9 * PAGE + 77] + pages + big[9 * PAGE + 77 :])
+    pull(calm, "--no-latest")
+    check_restored(calm, "again")
