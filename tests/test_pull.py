@@ -245,7 +245,9 @@ def test_shifted_again_and_again(calm: World) -> None:
             assert {reader.record(reader.find(run.source)[0]).kind for run in runs} == {zbackup.FRAME}
     reader.close()
     store.close()
+    calm.run("prune", "--keep", "last 2", "--grace", "0s")
     calm.run("verify")
+    check_restored(calm)
 
 
 def make_log(lines: int, start: int = 0) -> bytes:
