@@ -7442,18 +7442,25 @@ class Reading:
         if got.status not in ("gone", "error", "lost", "later"):
             self._look(got)
         if got.status == "pages" and got.told:
-            plan = self._finder.find(want.chunk, got.told, self._content.size if self._content else 0)
-            if plan.need:
-                self._again.append(replace(want, tell=False, plan=plan))
-            elif self.intake.receiver.put_moved(plan):
-                self._arrange(want.chunk, got)
-            else:
-                self._again.append(replace(want, tell=False, plan=plan.without_old()))
+            self._find(want, got, got.told)
+        elif got.status == "later" and want.plan and self.last:
+            self.steady = False
+            self._again.append(replace(want, plan=None))  # it changed after it was told of: take what it is now
         else:
             if got.told:
                 self._finder.note_known()
             self._arrange(want.chunk, got)
         self._over = self._over or not (self.steady or self.last)
+
+    def _find(self, want: Want, got: Got, told: Told) -> None:
+        """Look in the old content for what a node has told of; what is not there is asked for."""
+        plan = self._finder.find(want.chunk, told, self._content.size if self._content else 0)
+        if plan.need:
+            self._again.append(replace(want, tell=False, plan=plan))
+        elif self.intake.receiver.put_moved(plan):
+            self._arrange(want.chunk, got)
+        else:
+            self._again.append(replace(want, tell=False, plan=plan.without_old()))
 
     def _arrange(self, number: int, got: Got) -> None:
         """Put what is there in order: what a node was asked for twice comes late."""
