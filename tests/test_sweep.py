@@ -19,6 +19,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -1051,6 +1052,30 @@ def test_answers_come_late_and_holes_between_them(world: World) -> None:
     assert (world.restore() / "a").read_bytes() == later
 
 
+def test_answers_tell_of_a_hole_and_of_an_end_of_it(world: World) -> None:
+    """What one answer said of the chunks behind it is overtaken by a later one, about the chunk before it."""
+    old = os.urandom(8 * CHUNK)
+    data = old[:CHUNK] + b"moved" + old[CHUNK : 2 * CHUNK - 5] + bytes(3 * CHUNK) + old[5 * CHUNK :] + b"end"
+    asked: list[int] = []
+
+    def twist(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        asked.append(file["chunk"])
+        if item["status"] == "part":
+            return [item], bytes(len(raw))
+        if file["chunk"] == 1 and not file.get("tell"):
+            return [{**item, "status": "zeros", "count": 2}], b""
+        zeros = {2: 3, 3: 1, 4: 1}.get(file["chunk"])
+        return ([{**item, "status": "zeros", "count": zeros}], b"") if zeros else ([item], raw)
+
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(old)) as fake:
+        world.sweep("--no-latest")
+        fake.answers = serve_chunks(data, twist)
+        flags = ("--no-latest", "--tries", "1", "--window", "2MiB")
+        assert world.sweep(*flags, code=1)["nodes"][0]["snapshot"]["grade"] == "torn"
+    assert asked.count(1) == 3 and asked.index(5) < asked.index(4)
+    assert (world.restore(code=None) / "a").read_bytes() == data[:CHUNK] + bytes(2 * CHUNK) + data[3 * CHUNK :]
+
+
 # ---- the search for it ----
 
 
@@ -1124,6 +1149,60 @@ def test_search_whose_old_content_is_lost_meanwhile(tmp_path: Path) -> None:
         receiver.reader.distrusted.add(chunks[1])
         assert not receiver.put_moved(plan)
         assert plan.without_old().need == [(0, CHUNK)]
+
+
+def fail(error: Exception) -> Callable[..., Any]:
+    """Return a function that raises."""
+
+    def run(*_: Any) -> Any:
+        raise error
+
+    return run
+
+
+def test_moved_chunk_whose_old_content_is_lost_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = os.urandom(2 * CHUNK)
+    with open_reader(tmp_path / "store") as receiver:
+        chunks = tuple(receiver.writer.put_chunk(old[at : at + CHUNK]) for at in (0, CHUNK))
+        intake: Any = SimpleNamespace(reader=receiver.reader, writer=receiver.writer, receiver=receiver)
+        slot = zbackup.Slot(make_line("a", len(old)), None, None)
+        table = zbackup.ChunkTable(receiver.reader, zbackup.Content(len(old), chunks))
+        reading = zbackup.Reading(intake, slot, [table], last=False)
+        told = tell(old[9 : CHUNK + 9])
+        monkeypatch.setattr(zbackup.OldContent, "runs", lambda *_: [])
+        want, got = zbackup.Want(slot, 0, None, b"", tell=True), zbackup.Got("pages", zbackup.Fields("{}", "x"))
+        reading._find(want, got, told)
+        [again] = reading._again
+        assert again.plan and again.plan.need == [(0, CHUNK)] and not again.tell
+        part = tell(old[9 : CHUNK // 2] + os.urandom(CHUNK // 2))
+        plan = zbackup.Finder(receiver.reader, table.content).find(0, part, CHUNK)
+        item = zbackup.Fields(json.dumps({"length": part.length}), "x")
+        needed = memoryview(b"".join((old[9 : CHUNK // 2] + bytes(CHUNK))[start:end] for start, end in plan.need))
+        assert receiver._take_part(item, want, plan, needed)[0].status == "later"
+
+
+def test_told_digest_that_cannot_be_read_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(5000)
+    with open_reader(tmp_path / "store") as receiver:
+        digest = receiver.writer.put_chunk(data)
+        assert receiver._is_known(digest, len(data))
+        with monkeypatch.context() as patched:
+            patched.setattr(receiver.reader, "runs", fail(zbackup.StoreError("damaged")))
+            runs = [zbackup.Run(digest, 0, 9)]
+            assert receiver._draw_from_whole(runs, digest) == runs
+            assert digest in receiver.reader.distrusted
+            receiver.reader.distrusted.clear()
+            assert not receiver._is_known(digest, len(data))
+        assert digest in receiver.reader.distrusted
+
+
+def test_search_ends_where_the_store_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_reader(tmp_path / "store") as receiver:
+        digest = receiver.writer.put_chunk(os.urandom(5000))
+        finder = zbackup.Finder(receiver.reader, zbackup.Content(5000, (digest,)))
+        monkeypatch.setattr(receiver.reader, "get", fail(zbackup.FullStore("full")))
+        with pytest.raises(zbackup.FullStore):
+            finder.find(0, tell(b"x" * 9000), 9000)
 
 
 @pytest.mark.parametrize("unit", [b"\0" * 15 + b"\1", b"a" * 16, b"ab" * 8, b"0123456789abcdef"])
