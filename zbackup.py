@@ -29,9 +29,10 @@ Words: a *page* is 4 KiB of a file, the grain of change.  A *chunk* is up to
 pages' hashes, each a SHA-256 cut to 16 bytes.  A chunk is kept *whole* or as a
 *patch*, runs of bytes of whole chunks.  A *frame* is about 1 MiB of chunks
 compressed together, a *pack* an append-only file of frames, the *index* a
-SQLite table from digest to place.  An *entry* is one path and its content, a
-*block* some hundred entries, a *snapshot* all entries of one node at one time.
-A *sweep* is one pass over the addresses.
+SQLite table from digest to place.  A *needle* is the first 16 bytes of a page,
+by which it is looked for in the old version of its file.  An *entry* is one
+path and its content, a *block* some hundred entries, a *snapshot* all entries
+of one node at one time.  A *sweep* is one pass over the addresses.
 
 On disk (the formats stand in RECORDS):
 
@@ -60,7 +61,9 @@ node's, which is who it is, in the handshake.
     HELLO  version and codecs      ->  version, identity, name, wish for a folder, roots
     OPEN   codec                   ->  roots that are missing, what --before said
     LIST                           ->  the next entries, sorted by path
-    READ   files, chunks, hashes   ->  for each: same, patch, whole or zeros
+    READ   files, chunks, hashes   ->  for each: same, patch, whole or zeros; or, where the
+                                       server wants to be told, pages (their hashes and
+                                       needles); asked again then, the part that is needed
     CLOSE                          ->  done; --after has run
     Any of them may answer WORKING (not done yet) or ERROR (one sentence).
 
@@ -129,7 +132,9 @@ CHUNK = 1 << 20  # bytes; about 1 MiB a message is where ZeroMQ is fastest
 PAGE_HASH = 16  # bytes of each page's SHA-256: 0.4 % of the content in hashes
 DIGEST = 32  # bytes of a SHA-256
 LIST_SPAN = 1024  # chunks named by one list: 1 GiB of a file, so that memory stays flat
+NEEDLE = 16  # bytes at the start of a page by which it is looked for in older content
 MOST_SOURCES = 16  # chunks that one patch may draw from before it is written whole again
+MOST_RUNS = 1024  # the same of its runs: content that moves again and again splits them
 PUBLIC_FILE = "zbackup.pub"  # the server's public key, where a node looks for it
 PATH_LIMIT = 32768  # bytes of one path; folders opened one by one may nest beyond PATH_MAX
 FILE_LIMIT = 1 << 46  # bytes of one file: 64 TiB name 65,536 lists, 4 MB in one entry
@@ -491,6 +496,12 @@ def hash_pages(data: bytes | memoryview) -> bytes:
     return b"".join([sha256(view[i : i + PAGE]).digest()[:PAGE_HASH] for i in range(0, len(view), PAGE)])
 
 
+def cut_needles(data: bytes | memoryview) -> bytes:
+    """Return the first bytes of the pages of `data`, joined: NEEDLE of each, fewer of a last page that is shorter."""
+    view = memoryview(data)
+    return b"".join([view[i : i + NEEDLE] for i in range(0, len(view), PAGE)])
+
+
 def digest_pages(pages: bytes) -> bytes:
     """Return the digest of the chunk whose page hashes are `pages`."""
     return hashlib.sha256(pages).digest()
@@ -499,6 +510,80 @@ def digest_pages(pages: bytes) -> bytes:
 def count_pages(length: int) -> int:
     """Return the number of pages, the last one perhaps short, in `length` bytes."""
     return -(-length // PAGE)
+
+
+def count_chunks(length: int) -> int:
+    """Return the number of chunks, the last one perhaps short, in `length` bytes."""
+    return -(-length // CHUNK)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a node tells of a chunk before it sends it."""
+
+    digest: bytes
+    length: int  # bytes of the chunk
+    hashes: bytes  # of its pages, joined
+    needles: bytes  # as cut_needles gives them
+
+    @property
+    def count(self) -> int:
+        """The number of its pages."""
+        return count_pages(self.length)
+
+    def hash(self, page: int) -> bytes:
+        """Return the hash of a page."""
+        return self.hashes[page * PAGE_HASH : (page + 1) * PAGE_HASH]
+
+    def needle(self, page: int) -> bytes:
+        """Return the first bytes of a page."""
+        return self.needles[page * NEEDLE : (page + 1) * NEEDLE]
+
+    def size(self, page: int) -> int:
+        """Return the bytes of a page: of the last one there may be fewer."""
+        return min(PAGE, self.length - page * PAGE)
+
+
+def encode_told(data: bytes | memoryview, pages: bytes) -> bytes:
+    """Return what is told of a chunk whose page hashes are `pages`: these, then its needles."""
+    return pages + cut_needles(data)
+
+
+def size_told(length: int) -> int:
+    """Return the bytes that encode_told gives for a chunk of `length` bytes."""
+    count = count_pages(length)
+    return count * PAGE_HASH + (count - 1) * NEEDLE + min(NEEDLE, length - (count - 1) * PAGE)
+
+
+def decode_told(digest: bytes, length: int, data: bytes) -> Told:
+    """Return the Told in `data`; FormatError unless its hashes give the digest."""
+    end = count_pages(length) * PAGE_HASH
+    if len(data) != size_told(length) or digest_pages(data[:end]) != digest:
+        raise FormatError("page hashes that do not give the digest beside them")
+    return Told(digest, length, data[:end], data[end:])
+
+
+def decode_stretches(fields: Fields, name: str, length: int) -> list[tuple[int, int]]:
+    """Return start and end, in bytes, of the stretches of a chunk that a field names as [first page, pages].
+
+    They are sorted and apart; FormatError unless they begin within `length` bytes, where the last one ends then.
+    """
+    ranges = []
+    end = 0
+    for run in fields.items(name, CHUNK // PAGE):
+        if type(run) is not list or len(run) != 2 or any(type(n) is not int or n < 0 for n in run):
+            fields.wrong(name)
+        start = run[0] * PAGE
+        if start < end or run[1] < 1 or start >= length:
+            fields.wrong(name)
+        end = min(start + run[1] * PAGE, length)
+        ranges.append((start, end))
+    return ranges
+
+
+def encode_stretches(stretches: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """Return stretches of a chunk as decode_stretches takes them."""
+    return [[start // PAGE, count_pages(end - start)] for start, end in stretches]
 
 
 # ---- codecs: how a frame is compressed ----
@@ -5090,6 +5175,7 @@ GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)  # of what was d
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # a flood of connections has them; it passes
 PATIENCE = 6  # tries, each after twice the pause of the last: more than --handshake-timeout in all
 KIND_OF = {bits: kind for kind, bits in KIND_BITS.items()}
+NEARLY = 4  # of a chunk, a fourth of the pages: with no more changed it is nearly what it was
 
 
 @dataclass(frozen=True)
@@ -5785,6 +5871,8 @@ class Ask:
     chunk: int
     state: list[int]  # as the server knows it
     pages: bytes  # hashes of what the server has
+    tell: bool = False  # send hashes and needles first, unless it is nearly what the server has
+    need: tuple[tuple[int, int], ...] = ()  # bytes of a chunk that it was told of: send these and no more
 
 
 def decode_asks(message: Message) -> list[Ask]:
@@ -5795,17 +5883,18 @@ def decode_asks(message: Message) -> list[Ask]:
         fields = Fields.inside(value, "a file of READ")
         size = fields.integer("pages", 0, high=CHUNK // PAGE) * PAGE_HASH
         chunk = fields.integer("chunk", 0, high=FILE_LIMIT // CHUNK)
-        asks.append(Ask(fields.path("path"), chunk, fields.integers("state", 6, 1 << 64), body[at : at + size]))
+        state, need = fields.integers("state", 6, 1 << 64), tuple(decode_stretches(fields, "need", CHUNK))
+        asks.append(Ask(fields.path("path"), chunk, state, body[at : at + size], fields.flag("tell"), need))
         at += size
     if at != len(body):
         raise FormatError("READ with hashes that do not add up")
     return asks
 
 
-def compare_pages(pages: bytes, base: bytes, length: int) -> list[list[int]] | None:
+def compare_pages(pages: bytes, base: bytes, length: int, part: int = 2) -> list[list[int]] | None:
     """Return runs [first, count] of pages that differ from `base`.
 
-    None when most of the `length` bytes do: then the whole chunk is better sent.
+    None when more than a `part`-th of the `length` bytes do: then there is something better to send.
     """
     count = len(pages) // PAGE_HASH
     runs: list[list[int]] = []
@@ -5818,7 +5907,7 @@ def compare_pages(pages: bytes, base: bytes, length: int) -> list[list[int]] | N
                 runs[-1][1] += 1
             else:
                 runs.append([i, 1])
-    return runs if changed * PAGE * 2 <= max(length, 2 * PAGE) or not changed else None
+    return runs if changed * PAGE * part <= max(length, part * PAGE) or not changed else None
 
 
 DAMAGED = "SQLite finds damage in the database"
@@ -5849,7 +5938,7 @@ class Files:
 
     def handle(self, ask: Ask) -> Handle | None:
         """Return the handle of a file: a new one for chunk 0, the same one for the next chunks."""
-        if ask.chunk == 0:
+        if ask.chunk == 0 and not ask.need:
             old = self._handles.pop(ask.path, None)
             if old:
                 self._close(old)
@@ -5992,7 +6081,7 @@ class Files:
         if len(data) > handle.size:
             data = read_range(handle.fd, CHUNK, offset)
         size = len(data) if handle.size <= CHUNK and not zeros else handle.size
-        if ask.chunk == 0:
+        if ask.chunk == 0 and not ask.need:
             fields.update(size=size, grade=handle.grade)
             if ask.state != handle.stat.state:
                 fields["line"] = encode_stat(handle.stat).decode("ascii")
@@ -6006,7 +6095,11 @@ class Files:
             return {**fields, "status": "zeros", "count": zeros or 1}, []
         if not data:
             return {**fields, "status": "end"}, []
-        return self._compare(fields, data, ask.pages)
+        fields["length"] = len(data)
+        if ask.need:
+            view = memoryview(data)
+            return {**fields, "status": "part"}, [view[start:end] for start, end in ask.need]
+        return self._compare(fields, data, ask)
 
     @staticmethod
     def _note(handle: Handle, chunk: int, end: int) -> str:
@@ -6017,13 +6110,15 @@ class Files:
         return handle.note if chunk == 0 else ""
 
     @staticmethod
-    def _compare(fields: dict[str, Any], data: bytes, base: bytes) -> tuple[dict[str, Any], list[memoryview]]:
+    def _compare(fields: dict[str, Any], data: bytes, ask: Ask) -> tuple[dict[str, Any], list[memoryview]]:
         pages = hash_pages(data)
-        fields.update(length=len(data), digest=digest_pages(pages).hex())
-        if pages == base:
+        fields["digest"] = digest_pages(pages).hex()
+        if pages == ask.pages:
             return {**fields, "status": "same"}, []
-        runs = compare_pages(pages, base, len(data)) if base else None
+        runs = compare_pages(pages, ask.pages, len(data), NEARLY if ask.tell else 2) if ask.pages else None
         view = memoryview(data)
+        if runs is None and ask.tell:
+            return {**fields, "status": "pages"}, [memoryview(encode_told(data, pages))]
         if runs is None:
             return {**fields, "status": "whole"}, [view]
         return {**fields, "status": "patch", "runs": runs}, [view[f * PAGE : (f + n) * PAGE] for f, n in runs]
@@ -6792,26 +6887,6 @@ class Slot:
         self.entry = Entry(self.line, encode_content(content))
 
 
-@dataclass(frozen=True)
-class Want:
-    """One item of a READ question, kept until its answer comes."""
-
-    slot: Slot
-    chunk: int
-    base: bytes | None  # digest of the chunk that the node may answer against
-    pages: bytes  # and its page hashes
-
-
-@dataclass(frozen=True)
-class Got:
-    """One item of a READ answer, checked and stored."""
-
-    status: str
-    fields: Fields
-    chunk: bytes | int = 0  # digest, or a number of chunks of zeros
-    length: int = 0
-
-
 def covers(changed: Sequence[tuple[int, int]], length: int, base: int) -> bool:
     """Tell whether changed stretches and a base of `base` bytes give a chunk of `length` bytes.
 
@@ -6846,7 +6921,8 @@ def needs_whole(runs: Sequence[Run], length: int) -> bool:
     sizes: dict[bytes, int] = {}
     for run in runs:
         sizes[run.source] = sizes.get(run.source, 0) + run.length
-    return len(sizes) > MOST_SOURCES or max(sizes.values()) * 2 < length
+    largest = sum(sorted(sizes.values())[-2:])  # of two chunks, since content that moved lies across them
+    return len(sizes) > MOST_SOURCES or len(runs) > MOST_RUNS or largest * 2 < length
 
 
 def patch_data(base: bytes, changed: Sequence[tuple[int, int]], new: bytes | memoryview, length: int) -> bytes:
@@ -6857,6 +6933,306 @@ def patch_data(base: bytes, changed: Sequence[tuple[int, int]], new: bytes | mem
         data[start:end] = new[at : at + end - start]
         at += end - start
     return bytes(data)
+
+
+# ---- content that moved within its file ----
+
+OLD_CHUNKS = 16  # of a file's old content in memory: more than are looked through for one chunk
+SCAN_LIMIT = 16 << 20  # bytes that are scanned for the pages of one chunk around one place: some ms
+SCAN_NEAR = 8 << 10  # bytes to either side of where a page is expected that are scanned first
+CANDIDATES = 8  # places of one needle that are looked at; one of zeros stands everywhere
+ENOUGH = 0.5  # of a chunk's pages: with them found, no other place is looked around
+WORTH = 0.25  # of a chunk's pages: with fewer found, the chunk is sent as a whole
+IN_VAIN = 16  # chunks told of in vain, after which only each 16th is
+
+
+@dataclass(frozen=True)
+class OldChunk:
+    """One chunk of what a file had."""
+
+    data: bytes
+    runs: tuple[Run, ...]  # none where it is zeros or lost: nothing is to be found there
+
+
+class OldContent:
+    """What a file had, as far as the store can give it."""
+
+    def __init__(self, reader: Reader, content: Content) -> None:
+        self.reader = reader
+        self.size = content.size
+        self._table = ChunkTable(reader, content)
+        self._chunks: OrderedDict[int, OldChunk] = OrderedDict()
+
+    def chunk(self, number: int) -> OldChunk:
+        """Return one chunk, checked."""
+        if number not in self._chunks:
+            _remember(self._chunks, number, self._load(number), OLD_CHUNKS)
+        self._chunks.move_to_end(number)
+        return self._chunks[number]
+
+    def _load(self, number: int) -> OldChunk:
+        length = min(CHUNK, self.size - number * CHUNK)
+        digest = self._table.get(number)
+        if digest is not None and digest not in self.reader.distrusted:
+            try:
+                data, runs = self.reader.get(digest), self.reader.runs(digest)
+                if len(data) == length:
+                    return OldChunk(data, runs)
+            except FullStore:
+                raise
+            except (StoreError, FormatError):
+                pass  # damaged: what stood there is sent anew
+        return OldChunk(bytes(length), ())
+
+    def _cut(self, start: int, end: int) -> Iterator[tuple[OldChunk, int, int]]:
+        for number in range(start // CHUNK, count_chunks(end)):
+            low = number * CHUNK
+            yield self.chunk(number), max(start, low) - low, min(end - low, CHUNK)
+
+    def read(self, start: int, end: int) -> bytes:
+        """Return bytes of it; b"" where one of them is lost, or beyond its ends."""
+        if not 0 <= start <= end <= self.size:
+            return b""
+        cut = list(self._cut(start, end))
+        whole = all(chunk.runs for chunk, _, _ in cut)
+        return b"".join(chunk.data[low:high] for chunk, low, high in cut) if whole else b""
+
+    def runs(self, start: int, end: int) -> list[Run]:
+        """Return the runs of whole chunks that give bytes of it."""
+        return [run for chunk, low, high in self._cut(start, end) for run in slice_runs(chunk.runs, low, high)]
+
+
+class Window:
+    """Some chunks of old content, joined, to look for pages in."""
+
+    def __init__(self, old: OldContent, place: int) -> None:
+        first, end = max(0, place // CHUNK - 1), min(count_chunks(old.size), count_chunks(place) + 2)
+        self.start = first * CHUNK  # in the old content
+        self._chunks = [old.chunk(number) for number in range(first, end)]
+        self.data = b"".join(chunk.data for chunk in self._chunks)
+        self._view = memoryview(self.data)
+
+    def has(self, told: Told, page: int, at: int) -> bool:
+        """Tell whether a page of a chunk that was told of stands at an offset."""
+        end = at + told.size(page)
+        if at < 0 or end > len(self.data) or not self.data.startswith(told.needle(page), at):
+            return False
+        if hashlib.sha256(self._view[at:end]).digest()[:PAGE_HASH] != told.hash(page):
+            return False
+        return all(chunk.runs for chunk in self._chunks[at // CHUNK : count_chunks(end)])
+
+
+class Search:
+    """The pages of one chunk, looked for in what its file had."""
+
+    def __init__(self, told: Told) -> None:
+        self.told = told
+        self.places = [-1] * told.count  # where each page stands in the old content; -1 where it was not found
+        self._budget = 0  # bytes that may still be scanned
+
+    def has_found(self, share: float) -> bool:
+        """Tell whether at least this share of the pages was found."""
+        return self.places.count(-1) <= (1 - share) * len(self.places)
+
+    def look(self, window: Window, place: int) -> None:
+        """Look for the pages not found yet in a window, the first page of the chunk being expected at `place`."""
+        self._budget, misses = SCAN_LIMIT, 0
+        start = place - window.start  # of the chunk in the window
+        for page in range(len(self.places)):
+            if self.places[page] >= 0:
+                continue
+            at = start + page * PAGE
+            if not window.has(self.told, page, at):
+                at = self._scan(window, page, at, misses)
+            misses += 1
+            if at >= 0:
+                misses, start = 0, at - page * PAGE
+                self._take(window, page, at)
+
+    def _scan(self, window: Window, page: int, expected: int, misses: int) -> int:
+        """Return where a page stands around an offset, or -1: the longer none was found, the further now and then."""
+        often = (misses + 1) & -(misses + 1)  # 1 2 1 4 1 2 1 8 …
+        reach = SCAN_NEAR * often * often
+        low, end = max(0, expected - reach), min(len(window.data), expected + reach + PAGE)
+        needle = self.told.needle(page)
+        for _ in range(CANDIDATES):
+            if low >= end or self._budget <= 0:
+                break
+            at = window.data.find(needle, low, end)
+            self._budget -= (end if at < 0 else at + PAGE) - low
+            if at < 0 or window.has(self.told, page, at):
+                return at
+            low = at + 1
+        return -1
+
+    def _take(self, window: Window, page: int, at: int) -> None:
+        """Note where a page stands; those before it stand there too, as far as they are the same."""
+        self.places[page] = window.start + at
+        while page and self.places[page - 1] < 0 and window.has(self.told, page - 1, at - PAGE):
+            page, at = page - 1, at - PAGE
+            self.places[page] = window.start + at
+
+    def stretches(self) -> list[tuple[int, int, int]]:
+        """Return start, end and old place of what stands together; the place is -1 for what was not found."""
+        joined: list[tuple[int, int, int]] = []
+        for page, place in enumerate(self.places):
+            start = page * PAGE
+            end = start + self.told.size(page)
+            first, _, where = joined[-1] if joined else (0, 0, -2)
+            if place == (where + start - first if where >= 0 else where):
+                joined[-1] = (first, end, where)
+            else:
+                joined.append((start, end, place))
+        return joined
+
+
+def count_equal(one: bytes, other: bytes, at_end: bool = False) -> int:
+    """Return how many bytes are equal at the start, or at the end, of both."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[-middle:] == other[-middle:] if at_end else one[:middle] == other[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a chunk that a node has told of comes together, of old content and of what the node is to send."""
+
+    told: Told
+    parts: tuple[tuple[int, int, int], ...]  # start, end and old place, as Search.stretches gives them
+    old: OldContent
+
+    @property
+    def need(self) -> list[tuple[int, int]]:
+        """Start and end of the bytes that are needed."""
+        return [(start, end) for start, end, place in self.parts if place < 0]
+
+    @property
+    def size(self) -> int:
+        """The number of bytes that are needed."""
+        return sum(end - start for start, end in self.need)
+
+    @property
+    def hashes(self) -> bytes:
+        """The hashes of the pages that are needed."""
+        size, told = PAGE_HASH, self.told
+        return b"".join(told.hashes[start // PAGE * size : count_pages(end) * size] for start, end in self.need)
+
+    def without_old(self) -> Plan:
+        """Return a plan that needs the whole chunk."""
+        return replace(self, parts=((0, self.told.length, -1),))
+
+    def join(self, needed: bytes | memoryview) -> bytes:
+        """Return the chunk, given what was needed; too short where old content was lost meanwhile."""
+        chunk, at = [], 0
+        for start, end, place in self.parts:
+            if place < 0:
+                chunk.append(bytes(needed[at : at + end - start]))
+                at += end - start
+            else:
+                chunk.append(self.old.read(place, place + end - start))
+        return b"".join(chunk)
+
+    def narrow(self, chunk: bytes) -> list[tuple[int, int, int]]:
+        """Return the parts, each old one as long as it can be: of a page that is new, most bytes are often old."""
+        parts = list(self.parts)
+        for i, (start, end, place) in enumerate(self.parts):
+            if place >= 0:
+                continue
+            if i:
+                first, _, before = parts[i - 1]
+                old = self.old.read(before + start - first, min(before + end - first, self.old.size))
+                start += count_equal(chunk[start:end], old)
+                parts[i - 1] = (first, start, before)
+            if i + 1 < len(parts):
+                _, last, after = parts[i + 1]
+                same = count_equal(chunk[start:end], self.old.read(max(0, after - (end - start)), after), at_end=True)
+                end -= same
+                parts[i + 1] = (end, last, after - same)
+            parts[i] = (start, end, -1)
+        return [part for part in parts if part[0] < part[1]]
+
+    def draw(self, parts: Sequence[tuple[int, int, int]], piece: bytes) -> list[Run]:
+        """Return the runs of the chunk: what is new stands joined in the chunk `piece`."""
+        runs: list[Run] = []
+        taken = 0
+        for start, end, place in parts:
+            if place < 0:
+                runs.append(Run(piece, taken, end - start))
+                taken += end - start
+            else:
+                runs += self.old.runs(place, place + end - start)
+        return runs
+
+
+class Finder:
+    """Finds what moved within one file, chunk after chunk."""
+
+    def __init__(self, reader: Reader, old: Content) -> None:
+        self._old = OldContent(reader, old)
+        self._shift = 0  # bytes by which the last chunk's end had moved
+        self._vain = 0  # chunks told of in vain, one after the other
+        self._moved = False  # something stood elsewhere: so may what is beyond the old end
+
+    def is_worth(self, number: int) -> bool:
+        """Tell whether the node should tell of a chunk before it sends it: a question more, if it is in vain."""
+        within = number * CHUNK < max(1, self._old.size) or self._moved
+        return within and (self._vain < IN_VAIN or number % IN_VAIN == 0)
+
+    def is_undecided(self, number: int) -> bool:
+        """Tell whether a chunk is the first beyond the old end, so that answers on their way may make it worth it."""
+        return number > 0 and number == count_chunks(self._old.size) and not self._moved
+
+    def note_known(self) -> None:
+        """Note that the store had a chunk that the node told of."""
+        self._vain, self._moved = 0, True
+
+    def find(self, number: int, told: Told, size: int) -> Plan:
+        """Return the plan for a chunk of a file that now has `size` bytes."""
+        search = Search(told)
+        places: list[int] = []
+        for shift in (self._shift, 0, size - self._old.size):
+            place = number * CHUNK - shift
+            within = -CHUNK < place < self._old.size + CHUNK
+            if within and not search.has_found(ENOUGH) and all(abs(place - other) > CHUNK // 4 for other in places):
+                search.look(Window(self._old, place), place)
+                places.append(place)
+        if not search.has_found(WORTH):
+            self._vain += 1
+            return Plan(told, ((0, told.length, -1),), self._old)
+        self._vain = 0
+        parts = search.stretches()
+        start, _, place = next(part for part in reversed(parts) if part[2] >= 0)
+        self._shift = number * CHUNK + start - place
+        self._moved = self._moved or self._shift != 0
+        return Plan(told, tuple(parts), self._old)
+
+
+@dataclass(frozen=True)
+class Want:
+    """One item of a READ question, kept until its answer comes."""
+
+    slot: Slot
+    chunk: int
+    base: bytes | None  # digest of the chunk that the node may answer against
+    pages: bytes  # and its page hashes
+    tell: bool = False  # the node should tell of the chunk before it sends it
+    plan: Plan | None = None  # it has told: of the chunk, only what is needed
+
+
+@dataclass(frozen=True)
+class Got:
+    """One item of a READ answer, checked and stored."""
+
+    status: str
+    fields: Fields
+    chunk: bytes | int = 0  # digest, or a number of chunks of zeros
+    length: int = 0
+    told: Told | None = None  # what the node has told of the chunk: where the status is "pages", nothing is stored
 
 
 def can_tell(data: bytes | memoryview) -> bool:
@@ -6919,11 +7295,17 @@ class Receiver:
 
     def _take_item(self, item: Fields, want: Want, raw: memoryview) -> tuple[Got, memoryview]:
         status = item.text("status", limit=20)
+        if want.plan and status in ("zeros", "end"):
+            return Got("later", item), raw  # it is not what the node has told
         if status == "zeros":
             return Got(status, item, item.integer("count", low=1, high=FILE_LIMIT // CHUNK)), raw
         if status in ("gone", "error", "lost", "later", "end"):
             return Got(status, item), raw
-        if status not in ("same", "whole", "patch"):
+        if want.plan and status == "part":
+            return self._take_part(item, want, want.plan, raw)
+        if want.tell and status == "pages":
+            return self._take_told(item, raw)
+        if want.plan or status not in ("same", "whole", "patch"):
             item.wrong("status")
         length, digest = item.integer("length", low=1, high=CHUNK), item.digest("digest")
         if status == "same":
@@ -6970,7 +7352,7 @@ class Receiver:
         length, digest = item.integer("length", low=1, high=CHUNK), item.digest("digest")
         if want.base is None:
             raise ProtocolError("sent a patch for a chunk that we did not have")
-        changed = self._decode_runs(item, length)
+        changed = decode_stretches(item, "runs", length)
         size = sum(end - start for start, end in changed)
         piece = self._piece(raw[:size])
         pages = self._patch_pages(want.pages, changed, piece.pages, length)
@@ -6979,7 +7361,7 @@ class Receiver:
         base = self.reader.runs(want.base)
         if not covers(changed, length, sum(run.length for run in base)):
             raise ProtocolError("sent a patch that leaves a part of the chunk open")
-        runs = patch_runs(base, changed, piece.digest, length)
+        runs = self._draw_from_whole(patch_runs(base, changed, piece.digest, length), piece.digest)
         self._pieces.append(piece)
         if 2 * size > length:
             self._watch(want, piece.digest, piece.data)
@@ -6991,20 +7373,75 @@ class Receiver:
             self._patches.append((digest, runs, whole))
         return size
 
-    @staticmethod
-    def _decode_runs(item: Fields, length: int) -> list[tuple[int, int]]:
-        """Return start and end, in bytes, of each changed stretch; sorted and apart."""
-        ranges = []
-        end = 0
-        for run in item.items("runs", CHUNK // PAGE):
-            if type(run) is not list or len(run) != 2 or any(type(n) is not int or n < 0 for n in run):
-                item.wrong("runs")
-            start = run[0] * PAGE
-            if start < end or run[1] < 1 or start >= length:
-                item.wrong("runs")
-            end = min(start + run[1] * PAGE, length)
-            ranges.append((start, end))
-        return ranges
+    def _take_told(self, item: Fields, raw: memoryview) -> tuple[Got, memoryview]:
+        """Take what the node tells of a chunk; nothing more is to be asked for where the store has it."""
+        length, digest = item.integer("length", low=1, high=CHUNK), item.digest("digest")
+        size = size_told(length)
+        if len(raw) < size:
+            raise ProtocolError("sent fewer bytes than its answer names")
+        told = decode_told(digest, length, bytes(raw[:size]))
+        status = "same" if self._is_known(digest, length) else "pages"
+        return Got(status, item, digest, length, told), raw[size:]
+
+    def _is_known(self, digest: bytes, length: int) -> bool:
+        if self.writer.unknown([digest]):
+            return False
+        try:
+            known = sum(run.length for run in self.reader.runs(digest))
+        except (StoreError, FormatError):
+            self.reader.distrusted.add(digest)
+            return False
+        if known != length:
+            raise ProtocolError("called a chunk the same that is another")
+        return True
+
+    def _take_part(self, item: Fields, want: Want, plan: Plan, raw: memoryview) -> tuple[Got, memoryview]:
+        """Take what was needed of a chunk that the node has told of."""
+        told, size = plan.told, plan.size
+        if item.integer("length", low=1, high=CHUNK) != told.length:
+            return Got("later", item), raw[:0]
+        if len(raw) < size:
+            raise ProtocolError("sent fewer bytes than its answer names")
+        piece = self._piece(raw[:size])
+        if piece.pages != plan.hashes:
+            return Got("later", item), raw[size:]  # it has changed since the node told of it
+        if size == told.length:
+            self._pieces.append(piece)
+            self._watch(want, told.digest, piece.data)
+        elif not self.put_moved(plan, piece.data):
+            return Got("later", item), raw[size:]
+        return Got("part", item, told.digest, told.length), raw[size:]
+
+    def put_moved(self, plan: Plan, needed: bytes | memoryview = b"") -> bool:
+        """Put a chunk that consists of old content and of what was needed; tells whether the old one is still there."""
+        told, chunk = plan.told, plan.join(needed)
+        if len(chunk) != told.length:
+            return False
+        parts = plan.narrow(chunk)
+        new = b"".join(chunk[start:end] for start, end, place in parts if place < 0)
+        piece = digest_pages(hash_pages(new))
+        runs = self._draw_from_whole(plan.draw(parts, piece), piece)
+        if sum(run.length for run in runs) != told.length:
+            return False
+        if needs_whole(runs, told.length) or told.digest in self.reader.distrusted:
+            self.writer.put_chunk(chunk)
+            return True
+        if new:
+            self.writer.put_chunk(new)
+        self.writer.put_patch(told.digest, runs)
+        return True
+
+    def _draw_from_whole(self, runs: list[Run], piece: bytes) -> list[Run]:
+        """Return runs that name whole chunks only: what is new may be known, as a small file, and kept as a patch."""
+        if self.writer.unknown([piece]):
+            return runs
+        try:
+            below = self.reader.runs(piece)
+        except (StoreError, FormatError):
+            self.reader.distrusted.add(piece)  # then it is put as a whole chunk
+            return runs
+        cut = (slice_runs(below, run.offset, run.offset + run.length) if run.source == piece else [run] for run in runs)
+        return list(itertools.chain.from_iterable(cut))
 
     @staticmethod
     def _patch_pages(base: bytes, changed: Sequence[tuple[int, int]], new: bytes, length: int) -> bytes:
@@ -7070,6 +7507,7 @@ class Intake:
         self.blocks = BlockWriter(writer)
         self.receiver = Receiver(reader, writer)
         self.full = False  # the disk is: what the node still lists is only counted
+        self.has_before = False  # there is an older copy: a file with a new name may be in it
         self.on_seal: Callable[[Progress], None] = lambda progress: None
         self.current: Callable[[], Entry | None] = lambda: None  # the file being read, as far as it is
         reader.open_pack = writer
@@ -7102,8 +7540,15 @@ class Intake:
             self.step()
         files = []
         for want in wants:
-            fields = {"path": encode_path(want.slot.stat.path), "chunk": want.chunk, "state": want.slot.stat.state}
-            files.append({**fields, "pages": len(want.pages) // PAGE_HASH} if want.pages else fields)
+            path, state = encode_path(want.slot.stat.path), want.slot.stat.state
+            fields: dict[str, Any] = {"path": path, "chunk": want.chunk, "state": state}
+            if want.pages:
+                fields["pages"] = len(want.pages) // PAGE_HASH
+            if want.plan:
+                fields["need"] = encode_stretches(want.plan.need)
+            if want.tell:
+                fields["tell"] = True
+            files.append(fields)
 
         def take(message: Message) -> None:
             if not self.full:
@@ -7162,8 +7607,12 @@ class Reading:
         self.chunks = ListWriter(intake.writer)
         self.steady = True
         self.note = ""  # of the node
+        self._finder = Finder(intake.reader, tables[-1].content if tables else NOTHING)
         self._content: Content | None = None
+        self._next = 0  # the first chunk not asked for
         self._owed = 0
+        self._again: deque[Want] = deque()  # to be asked for what is needed, now that the node has told of them
+        self._ready: dict[int, Got] = {}  # answers by their chunks, until those before them are there
         self._over = False  # nothing more is to be asked for
         self._short = False  # it ended before its size said so
         self._bytes = 0  # up to the end of the last chunk
@@ -7171,12 +7620,17 @@ class Reading:
     def run(self) -> Content | None:
         """Read; returns the content, or None where there is none or the file changed."""
         self.intake.current = self._current
-        self._ask(0)
+        self._ask_next()
         self._wait()
-        number = 1
-        while self._content and not self._over and number < self._total:
-            self._ask(number)
-            number = max(number + 1, self.chunks.count)
+        while self._content and not self._over and self.chunks.count < self._total:
+            if self._again:
+                self._ask(self._again.popleft())
+            elif self._next < self._total and not (self._owed and self._finder.is_undecided(self._next)):
+                self._ask_next()
+            elif self._owed:
+                self.intake.step()
+            else:
+                self._next = self.chunks.count  # one answer told of a hole, and another one of an end of it
         self._wait()
         self.intake.current = lambda: None
         if self._content is None or self.slot.done or not (self.steady or self.last):
@@ -7185,7 +7639,7 @@ class Reading:
 
     @property
     def _total(self) -> int:
-        return -(-self._content.size // CHUNK) if self._content else 0
+        return count_chunks(self._content.size) if self._content else 0
 
     def _describe(self) -> Content:
         whole = self._content or NOTHING
@@ -7193,55 +7647,93 @@ class Reading:
         found = self.chunks.content(size, whole.grade)
         return replace(found, xattrs=whole.xattrs)
 
-    def _ask(self, number: int) -> None:
-        base, pages = None, b""
+    def _ask_next(self) -> None:
+        base, pages, number = None, b"", self._next
         for table in self.tables:
             base = table.get(number)
             pages = self.intake.receiver.pages(base)
             if pages:
                 break
-        want = Want(self.slot, number, base if pages else None, pages)
+        tell = (self.slot.old is not None or self.intake.has_before) and self._finder.is_worth(number)
+        self._next += 1
+        self._ask(Want(self.slot, number, base if pages else None, pages, tell))
+
+    def _ask(self, want: Want) -> None:
         self._owed += 1
-        self.intake.ask([want], CHUNK, lambda found: self._take(number, found[0]))
+        self.intake.ask([want], want.plan.size if want.plan else CHUNK, lambda found: self._take(want, found[0]))
 
     def _wait(self) -> None:
         while self._owed:
             self.intake.step()
 
-    def _take(self, number: int, got: Got) -> None:
+    def _take(self, want: Want, got: Got) -> None:
         self._owed -= 1
-        if self._over or number < self.chunks.count:
+        if self._over or want.chunk < self.chunks.count:
             return  # in a hole that an earlier answer told of
+        if got.status not in ("gone", "error", "lost", "later"):
+            self._look(got)
+        if got.status == "pages" and got.told:
+            self._find(want, got, got.told)
+        elif got.status == "later" and want.plan and self.last:
+            self.steady = False
+            self._again.append(replace(want, plan=None))  # it changed after it was told of: take what it is now
+        else:
+            if got.told:
+                self._finder.note_known()
+            self._arrange(want.chunk, got)
+        self._over = self._over or not (self.steady or self.last)
+
+    def _find(self, want: Want, got: Got, told: Told) -> None:
+        """Look in the old content for what a node has told of; what is not there is asked for."""
+        plan = self._finder.find(want.chunk, told, self._content.size if self._content else 0)
+        if plan.need:
+            self._again.append(replace(want, tell=False, plan=plan))
+        elif self.intake.receiver.put_moved(plan):
+            self._arrange(want.chunk, got)
+        else:
+            self._again.append(replace(want, tell=False, plan=plan.without_old()))
+
+    def _arrange(self, number: int, got: Got) -> None:
+        """Put what is there in order: what a node was asked for twice comes late."""
+        self._ready[number] = got
+        if isinstance(got.chunk, int):
+            self._next = max(self._next, number + got.chunk)
+        while not self._over and self.chunks.count in self._ready:
+            self._put(self.chunks.count, self._ready.pop(self.chunks.count))
+
+    def _look(self, got: Got) -> None:
+        """Take what an answer says of the whole file."""
+        if self._content is None:
+            self._content = self.intake.describe(self.slot, got)
+        self.note = self.note or got.fields.text("note", "")
+        if got.fields.integers("state", 6, 1 << 64) != self.slot.stat.state:
+            self.steady = False
+
+    def _put(self, number: int, got: Got) -> None:
         if got.status in ("gone", "error"):
             self.intake.fail(self.slot, got)
             self._over = True
         elif got.status in ("lost", "later"):
             self._over, self.steady = True, False
-        else:
-            self._put(number, got)
-
-    def _put(self, number: int, got: Got) -> None:
-        if number == 0:
-            self._content = self.intake.describe(self.slot, got)
-        self.note = self.note or got.fields.text("note", "")
-        if got.fields.integers("state", 6, 1 << 64) != self.slot.stat.state:
-            self.steady = False
-            self._over = not self.last
-        if got.status == "end":
+        elif got.status == "end":
             self._over = self._short = True
         elif isinstance(got.chunk, int):
             self.chunks.put_zeros(min(got.chunk, self._total - number))
+            self._ready = {later: ready for later, ready in self._ready.items() if later >= self.chunks.count}
             self._bytes = self.chunks.count * CHUNK
         else:
-            if self._content and number * CHUNK + got.length > self._content.size:
-                raise ProtocolError("sent more of a file than it has")
-            self.chunks.put(got.chunk)
-            self._bytes += got.length
-            size = self._content.size if self._content else 0
-            if got.length < CHUNK:
-                self._over = True
-                self._short = number * CHUNK + got.length < size
+            self._put_chunk(number, got.chunk, got.length)
         self.intake.seal_if_full()
+
+    def _put_chunk(self, number: int, chunk: bytes, length: int) -> None:
+        size = self._content.size if self._content else 0
+        if number * CHUNK + length > size:
+            raise ProtocolError("sent more of a file than it has")
+        self.chunks.put(chunk)
+        self._bytes += length
+        if length < CHUNK:
+            self._over = True
+            self._short = number * CHUNK + length < size
 
     def _current(self) -> Entry:
         return Entry(self.slot.line, encode_content(self.chunks.content(self.chunks.count * CHUNK, "")))
@@ -7646,6 +8138,7 @@ class Copier:
         last = next((snapshot for snapshot in folder.newest() if not snapshot.cut_off), None)
         good = next((snapshot for snapshot in folder.newest() if snapshot.good), None)
         intake.receiver.watching = good is not None
+        intake.has_before = last is not None
         base = Base(list_present(intake.reader, list_base(intake.reader, progress, last, self.store.problems)))
         pull = Pull(intake, progress.current)
         try:

@@ -36,7 +36,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable
+from typing import Any, Callable, cast
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # last: a changed copy may stand before it
 
@@ -848,6 +848,8 @@ def key(data: bytes) -> None:
 # ---- answers to READ ----
 
 SMALL, PATCHED = noise(5000), BASE[:8192] + noise(300) + BASE[8192:9000]
+OLD_NOISE = noise(9 * 4096 + 5)
+MOVED = noise(77) + OLD_NOISE
 SLOT_STAT = z.Stat(b"d/a", "file", size=len(BASE), mtime=1, ctime=2, inode=3)
 
 
@@ -860,13 +862,28 @@ def wants_of() -> list[z.Want]:
         digest_of(PATCHED),
         [z.Run(digest_of(BASE), 0, 8192), z.Run(digest_of(noise(300)), 0, 300), z.Run(digest_of(BASE), 8192, 808)],
     )
+    writer.put_chunk(OLD_NOISE)
     writer.seal()
     slot = z.Slot(z.encode_stat(SLOT_STAT), None, None)
     bases = [None, BASE, SMALL, PATCHED, None, b"lost"]
-    return [
+    wants = [
         z.Want(slot, 0, None, b"") if base is None else z.Want(slot, 0, digest_of(base), z.hash_pages(base))
         for base in bases
     ]
+    reader = made.reader()
+    plan = make_finder(reader).find(0, tell(MOVED), len(MOVED))
+    reader.close()
+    assert 0 < plan.size < len(MOVED)
+    return [*wants, z.Want(slot, 0, None, b"", tell=True), z.Want(slot, 0, None, b"", plan=plan)]
+
+
+def make_finder(reader: z.Reader) -> z.Finder:
+    return z.Finder(reader, z.Content(len(OLD_NOISE), (digest_of(OLD_NOISE),)))
+
+
+def tell(data: bytes) -> z.Told:
+    """Return what a node tells of a chunk."""
+    return z.decode_told(digest_of(data), len(data), z.encode_told(data, z.hash_pages(data)))
 
 
 def base_of(want: z.Want) -> bytes:
@@ -890,8 +907,12 @@ def reply_seeds() -> Iterator[bytes]:
         {**start, "status": "same", "length": len(PATCHED), "digest": digest_of(PATCHED).hex()},
         {**start, "status": "zeros", "count": 3},
         {"status": "error", "error": "gone bad"},
+        {**start, "status": "pages", "length": len(MOVED), "digest": digest_of(MOVED).hex()},
+        {"state": SLOT_STAT.state, "status": "part", "length": len(MOVED)},
     ]
-    raw = b"w" * 700 + new[4096:8192] + longer[4096:13000]
+    told = z.encode_told(MOVED, z.hash_pages(MOVED))
+    part = b"".join(MOVED[first:end] for first, end in cast("z.Plan", wants_of()[-1].plan).need)
+    raw = b"w" * 700 + new[4096:8192] + longer[4096:13000] + told + part
     for codec in (z.PLAIN, z.ZLIB, z.ZSTD):
         yield make_reply(items, raw, codec)
     yield make_reply([{"status": name} for name in ("gone", "lost", "later", "end", "error")], b"", z.PLAIN)
@@ -926,10 +947,15 @@ def mend_item(item: dict[str, Any], want: z.Want, raw: bytes) -> bytes:
         item["digest"] = digest_of(raw[:length]).hex()
         return raw[length:]
     if item.get("status") == "patch":
-        changed = z.Receiver._decode_runs(z.Fields.inside(item, "an item"), length)
+        changed = z.decode_stretches(z.Fields.inside(item, "an item"), "runs", length)
         size = sum(end - start for start, end in changed)
         item["digest"] = digest_of(z.patch_data(base_of(want), changed, raw[:size], min(length, z.CHUNK))).hex()
         return raw[size:]
+    if item.get("status") == "pages":
+        item["digest"] = z.digest_pages(raw[: z.count_pages(length) * z.PAGE_HASH]).hex()
+        return raw[z.size_told(int(length)) :]
+    if item.get("status") == "part" and want.plan:
+        return raw[want.plan.size :]
     return raw
 
 
@@ -952,8 +978,12 @@ def reply(data: bytes) -> None:
             for want in wants:
                 receiver.pages(want.base)
             for got in receiver.take(message, asked):
-                if got.status in ("same", "whole", "patch"):
+                if got.status in ("same", "whole", "patch", "part"):
                     check_got(reader, got)
+                if got.status == "pages" and got.told:
+                    plan = make_finder(reader).find(0, got.told, got.length)
+                    if not plan.need and receiver.put_moved(plan):
+                        check_got(reader, got)
                 intake: Any = SimpleNamespace()
                 with ours():
                     slot = z.Slot(asked[0].slot.line, None, None)
@@ -1191,6 +1221,7 @@ def question_seeds() -> Iterator[bytes]:
     files += [{"path": "files/large", "chunk": number, "state": state} for number in (0, 1, 2)]
     others = ("files/pipe", "files/link", "secret", "files/up/secret", "files/folder/b.tmp")
     files += [{"path": path} for path in others]
+    files += [{"path": "files/large", "tell": True}, {"path": "files/large", "chunk": 1, "need": [[0, 1], [9, 2]]}]
     read = z.encode_message(z.READ, 3, {"files": files}, z.hash_pages(b"text\n" * 300))
     closed = z.encode_message(z.CLOSE, 4, {})
     yield join_frames([*opened, *listed, *read, *closed])

@@ -37,10 +37,10 @@ class Reader:
         self.files = Files(self.source)
 
     def read(
-        self, path: bytes, chunk: int = 0, base: bytes = b"", state: list[int] | None = None
+        self, path: bytes, chunk: int = 0, base: bytes = b"", state: list[int] | None = None, **more: Any
     ) -> tuple[dict[str, Any], bytes]:
         """Return the answer to a READ; `base` is what the server has of the chunk."""
-        fields, parts = self.files.read(Ask(path, chunk, state or [], zbackup.hash_pages(base)))
+        fields, parts = self.files.read(Ask(path, chunk, state or [], zbackup.hash_pages(base), **more))
         return fields, b"".join(parts)
 
     def copy(self, path: bytes) -> tuple[dict[str, Any], bytes]:
@@ -619,6 +619,46 @@ def test_read_same_patch_whole(tree: Path) -> None:
     assert reader.read(b"files/a", base=old)[0]["status"] == "whole"
     assert reader.read(b"files/a")[1] == path.read_bytes()
     reader.close()
+
+
+def test_read_tells_of_a_chunk_that_is_not_nearly_the_same(tree: Path) -> None:
+    old = random.Random(1).randbytes(20 * PAGE + 100)
+    reader = Reader(tree)
+    path = tree / "files/a"
+    path.write_bytes(old)
+    assert reader.read(b"files/a", base=old, tell=True)[0]["status"] == "same"
+    for changed, status in ((5, "patch"), (6, "pages")):
+        new = random.Random(2).randbytes(changed * PAGE) + old[changed * PAGE :]
+        path.write_bytes(new)
+        fields, data = reader.read(b"files/a", base=old, tell=True)
+        assert fields["status"] == status
+        assert reader.read(b"files/a", base=old)[0]["status"] == "patch"
+    told = zbackup.decode_told(bytes.fromhex(fields["digest"]), fields["length"], data)
+    assert len(data) == 21 * (zbackup.PAGE_HASH + zbackup.NEEDLE)
+    assert told.hashes == zbackup.hash_pages(new)
+    assert [told.needle(page) for page in range(21)] == [new[at : at + 16] for at in range(0, len(new), PAGE)]
+    assert reader.read(b"files/a", tell=True)[1] == data  # also where the server has nothing
+    reader.close()
+
+
+def test_read_gives_the_part_that_is_needed(tree: Path) -> None:
+    data = random.Random(1).randbytes(CHUNK + 2 * PAGE + 5)
+    (tree / "files/a").write_bytes(data)
+    reader = Reader(tree)
+    first = reader.read(b"files/a", tell=True)[0]
+    (tree / "files/new").write_bytes(b"another file")
+    (tree / "files/new").rename(tree / "files/a")
+    for chunk, need in ((0, ((0, PAGE), (3 * PAGE, 5 * PAGE))), (1, ((2 * PAGE, 2 * PAGE + 5),)), (1, ((0, CHUNK),))):
+        fields, part = reader.read(b"files/a", chunk, need=need)
+        assert fields["status"] == "part"
+        assert fields["state"][::3] == first["state"][::3]  # size and inode of the file that was opened
+        assert "digest" not in fields and "size" not in fields
+        whole = data[chunk * CHUNK : (chunk + 1) * CHUNK]
+        assert fields["length"] == len(whole)
+        assert part == b"".join(whole[start:end] for start, end in need)
+    assert reader.read(b"files/a", 2, need=((0, PAGE),))[0]["status"] == "end"
+    reader.close()
+    assert reader.read(b"files/a", need=((0, PAGE),))[0]["status"] == "lost"
 
 
 @settings(max_examples=100, deadline=None)

@@ -185,6 +185,152 @@ def test_grown_file(calm: World, size: int) -> None:
     check_restored(calm)
 
 
+# ---- content that moved ----
+
+TOLD = 8192  # bytes of hashes and needles of a chunk
+OLD = random.Random(11).randbytes(12 * MIB + 12_345)
+NEW = random.Random(12).randbytes(6 * MIB)
+SHIFTS: dict[str, tuple[bytes, int]] = {  # what became of OLD, and how much of it is new
+    "in front": (NEW[:1000] + OLD, 1000),
+    "half a chunk in front": (NEW[: MIB // 2] + OLD, MIB // 2),
+    "a byte in front": (b"x" + OLD, 1),
+    "in the middle": (OLD[:5_000_001] + NEW[:77] + OLD[5_000_001:], 77),
+    "deleted": (OLD[:3_333_333] + OLD[4_444_444:], 0),
+    "deleted in front": (OLD[700_001:], 0),
+    "two insertions": (
+        OLD[: 2 * MIB + 9] + NEW[:50_000] + OLD[2 * MIB + 9 : 9 * MIB] + NEW[50_000:50_300] + OLD[9 * MIB :],
+        50_300,
+    ),
+    "5 MiB": (OLD[:6_000_000] + NEW[: 5 * MIB] + OLD[6_000_000:], 5 * MIB),
+    "cut and pasted": (OLD[: 4 * MIB] + OLD[4_700_000:5_200_000] + OLD[4 * MIB : 4_700_000] + OLD[5_200_000:], 0),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_shifted_content_is_found(calm: World, name: str) -> None:
+    new, count = SHIFTS[name]
+    (calm.files / "big").write_bytes(OLD)
+    pull(calm, "--no-latest")
+    (calm.files / "big").write_bytes(new)
+    second = pull(calm, "--no-latest")
+    told = (len(new) // MIB + 1) * TOLD
+    # Where stretches meet, whole pages are sent, and a chunk of which nearly all is new.
+    assert second["sent"] < count + told + 0.8 * MIB
+    assert second["added"] < count + 0.8 * MIB
+    if name in ("in front", "a byte in front", "deleted in front"):  # else a fourth of a chunk may be patched
+        assert second["sent"] < count + told + 20 * PAGE
+        assert second["added"] < count + 8192
+    check_restored(calm)
+    assert pull(calm, "--no-latest")["changed"] == 0
+    assert pull(calm, "--no-latest", "--checksum")["sent"] < 0.01 * len(new)
+
+
+def test_shifted_again_and_again(calm: World) -> None:
+    choice = random.Random(5)
+    data, versions = OLD[: 3 * MIB], []
+    for _ in range(22):
+        at = choice.randrange(len(data))
+        data = data[:at] + choice.randbytes(choice.choice([0, 1, 5000, 200_000])) + data[at + choice.randrange(9000) :]
+        versions.append(data)
+        (calm.files / "big").write_bytes(data)
+        pull(calm, "--no-latest")
+    store = zbackup.open_store(str(calm.store))
+    reader = store.reader()
+    for snapshot, version in zip(store.node("127.0.0.9").list_snapshots(), versions):
+        entry = next(e for e in zbackup.list_entries(reader, snapshot.blocks) if e.stat.kind == "file")
+        digests = [chunk for chunk in zbackup.list_chunks(reader, entry.content) if isinstance(chunk, bytes)]
+        assert b"".join(map(reader.get, digests)) == version
+        for runs in map(reader.runs, digests):
+            assert len({run.source for run in runs}) <= zbackup.MOST_SOURCES
+            assert {reader.record(reader.find(run.source)[0]).kind for run in runs} == {zbackup.FRAME}
+    reader.close()
+    store.close()
+    calm.run("prune", "--keep", "last 2", "--grace", "0s")
+    calm.run("verify")
+    check_restored(calm)
+
+
+def make_log(lines: int, start: int = 0) -> bytes:
+    choice = random.Random(start)
+    return b"".join(
+        b"2026-11-25T%02d:%02d GET /item/%d 200 %d\n" % (i % 24, i % 60, i, choice.randrange(10**6))
+        for i in range(start, start + lines)
+    )
+
+
+def test_shifted_log_with_lines_before_it(calm: World) -> None:
+    old = make_log(100_000)
+    (calm.files / "log").write_bytes(old)
+    first = pull(calm, "--no-latest")
+    (calm.files / "log").write_bytes(make_log(30_000, 10**6) + old)  # the last chunks are beyond the old end
+    second = pull(calm, "--no-latest")
+    assert second["sent"] < 0.6 * first["sent"] and second["added"] < 0.6 * first["sent"]
+    check_restored(calm)
+
+
+def test_renamed_large_file_is_not_sent_again(calm: World) -> None:
+    (calm.files / "big").write_bytes(OLD)
+    pull(calm, "--no-latest")
+    (calm.files / "big").rename(calm.files / "another name")
+    second = pull(calm, "--no-latest")
+    assert (second["files"], second["deleted"]) == (1, 1)
+    assert second["sent"] < 13 * TOLD + 5000 and second["added"] < 5000
+    check_restored(calm)
+
+
+def test_rotated_log_is_not_sent_again(calm: World) -> None:
+    log, older = make_log(90_000), make_log(50_000, 10**7)
+    (calm.files / "log").write_bytes(log)
+    (calm.files / "log.1").write_bytes(older)
+    first = pull(calm, "--no-latest")
+    (calm.files / "log.1").rename(calm.files / "log.2")
+    (calm.files / "log").rename(calm.files / "log.1")
+    (calm.files / "log").write_bytes(make_log(1000, 2 * 10**7))
+    second = pull(calm, "--no-latest")
+    assert second["sent"] < 0.15 * first["sent"] and second["added"] < 40_000
+    check_restored(calm)
+
+
+def test_all_new_content_of_a_large_file(calm: World) -> None:
+    (calm.files / "big").write_bytes(os.urandom(20 * MIB))
+    pull(calm, "--no-latest")
+    (calm.files / "big").write_bytes(os.urandom(20 * MIB))
+    second = pull(calm, "--no-latest")
+    assert 20 * MIB < second["sent"] < 20 * MIB + 18 * TOLD + 20_000  # no longer told of after some chunks in vain
+    check_restored(calm)
+
+
+def test_shifted_content_with_holes(calm: World) -> None:
+    def write(shift: int) -> None:
+        with open(calm.files / "big", "wb") as file:
+            file.write(NEW[:shift] + OLD[: 3 * MIB])
+            file.truncate(20 * MIB)
+            file.seek(20 * MIB)
+            file.write(OLD[3 * MIB : 6 * MIB])
+            file.truncate(30 * MIB)
+
+    write(0)
+    pull(calm, "--no-latest")
+    write(1234)
+    second = pull(calm, "--no-latest")
+    assert second["sent"] < 10 * TOLD + 20 * PAGE and second["added"] < 40_000
+    check_restored(calm)
+
+
+def test_shifted_content_whose_base_is_damaged(calm: World) -> None:
+    (calm.files / "big").write_bytes(OLD)
+    pull(calm, "--no-latest", "--pack-size", "4MiB")
+    pack = max(find_packs(calm), key=lambda path: path.stat().st_size)
+    data = bytearray(pack.read_bytes())
+    data[len(data) * 3 // 8] ^= 1  # in the content of a chunk
+    pack.chmod(0o600)
+    pack.write_bytes(data)
+    (calm.files / "big").write_bytes(b"some bytes" + OLD)
+    second = pull(calm, "--no-latest", code=None)
+    assert second["grade"] == "stable" and MIB < second["sent"] < 4 * MIB
+    check_restored(calm)
+
+
 def test_file_becomes_a_folder_and_a_file_again(calm: World) -> None:
     thing = calm.files / "thing"
     thing.write_bytes(b"a file")
@@ -770,3 +916,20 @@ def test_zstd_store_without_zstd(world: World) -> None:
     world.env = hide_zstd(world)
     said = world.run("restore", "127.0.0.9", "--to", "restored", code=None)
     assert said.returncode and "install backports.zstd" in said.stderr
+
+
+def test_pages_that_the_store_has_as_a_patch(calm: World) -> None:
+    """A patch draws from whole chunks only, also where what is new in it is known as a small file, kept as a patch."""
+    big, pages = os.urandom(2 * MIB), os.urandom(2 * PAGE)
+    (calm.files / "big").write_bytes(big)
+    (calm.files / "small").write_bytes(pages)
+    pull(calm, "--no-latest")
+    pages = os.urandom(PAGE) + pages[PAGE:]
+    (calm.files / "small").write_bytes(pages)
+    pull(calm, "--no-latest")
+    (calm.files / "big").write_bytes(big[: 9 * PAGE] + pages + big[11 * PAGE :])
+    pull(calm, "--no-latest")
+    check_restored(calm)
+    (calm.files / "big").write_bytes(big[: 9 * PAGE + 77] + pages + big[9 * PAGE + 77 :])
+    pull(calm, "--no-latest")
+    check_restored(calm, "again")

@@ -237,6 +237,38 @@ def test_digest_is_as_the_readme_says(length: int) -> None:
     assert z.count_pages(length) * 16 == len(joined)
 
 
+@QUICK
+@given(st.binary(min_size=1, max_size=40), st.integers(1, z.PAGE))
+def test_told(filling: bytes, end: int) -> None:
+    data = b"".join(bytes([byte]) * z.PAGE for byte in filling)[: (len(filling) - 1) * z.PAGE + end]
+    hashes = z.hash_pages(data)
+    said = z.encode_told(data, hashes)
+    assert len(said) == z.size_told(len(data))
+    told = z.decode_told(z.digest_pages(hashes), len(data), said)
+    assert told.count == len(filling) and sum(map(told.size, range(told.count))) == len(data)
+    for page in range(told.count):
+        content = data[page * z.PAGE : (page + 1) * z.PAGE]
+        assert told.needle(page) == content[: z.NEEDLE]
+        assert told.hash(page) == z.hash_pages(content)
+    for wrong in (said[:-1], said + b"x", b"x" + said[1:] if said[:1] != b"x" else b"y" + said[1:]):
+        with pytest.raises(z.FormatError):
+            z.decode_told(z.digest_pages(hashes), len(data), wrong)
+
+
+@QUICK
+@given(st.sets(st.integers(0, 255)), st.integers(1, z.CHUNK))
+def test_stretches(pages: set[int], length: int) -> None:
+    stretches: list[tuple[int, int]] = []
+    for page in sorted(pages):
+        start, end = page * z.PAGE, min((page + 1) * z.PAGE, length)
+        if stretches and stretches[-1][1] == start < end:
+            stretches[-1] = (stretches[-1][0], end)
+        elif start < end:
+            stretches.append((start, end))
+    fields = z.Fields(json.dumps({"need": z.encode_stretches(stretches)}), "a question")
+    assert z.decode_stretches(fields, "need", length) == stretches
+
+
 # ---- codecs ----
 
 RANDOM = hashlib.shake_128(b"random").digest(200_000)

@@ -6,22 +6,27 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
 import zmq
 from conftest import PROGRAM, Process, World, wait_until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_wire import make_program
 
 import zbackup
@@ -908,6 +913,359 @@ def test_hostile_node_patches_to_no_content(world: World, count: int) -> None:
     assert (row["snapshot"] or {}).get("grade") != "stable"
     assert row["exit_code"] == 1
     check_store(world.store)
+
+
+# ---- content that moved ----
+
+CHUNK = zbackup.CHUNK
+Twist = Callable[[dict[str, Any], dict[str, Any], bytes], Answer]  # file asked for, item and bytes -> what is said
+
+
+def serve_chunks(data: bytes, twist: Twist | None = None) -> dict[str, Callable[..., Answer]]:
+    """Return the answers of an honest node with one large file, but for what `twist` makes of each."""
+
+    def answer(fake: FakeNode, asked: dict[str, Any], body: bytes) -> Answer:
+        file = asked["files"][0]
+        chunk = data[file["chunk"] * CHUNK : (file["chunk"] + 1) * CHUNK]
+        item, raw = {**make_item(chunk), "size": len(data), "state": [len(data), 1, 1, 2]}, chunk
+        if "need" in file:
+            item["status"], raw = "part", b"".join(chunk[f * PAGE : (f + n) * PAGE] for f, n in file["need"])
+        elif file.get("tell"):
+            item["status"], raw = "pages", zbackup.encode_told(chunk, zbackup.hash_pages(chunk))
+        return reading(*twist(file, item, raw)) if twist else reading([item], raw)
+
+    return {"LIST": list_lines(make_line("a", len(data), inode=2)), "READ": answer}
+
+
+def twist_told(change: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]) -> Twist:
+    """Change what is told of a chunk."""
+
+    def twist(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        item, raw = change(item, raw) if item["status"] == "pages" else (item, raw)
+        return [item], raw
+
+    return twist
+
+
+def twist_part(change: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]) -> Twist:
+    """Change the part that was needed."""
+
+    def twist(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        item, raw = change(item, raw) if item["status"] == "part" else (item, raw)
+        return [item], raw
+
+    return twist
+
+
+MOVED = os.urandom(2 * CHUNK + 999)
+LATER = b"in front" + MOVED
+KNOWN = {"digest": make_item(MOVED[:CHUNK])["digest"], "length": CHUNK - 1}
+TWISTS: dict[str, tuple[Twist, str]] = {
+    "told too little": (twist_told(lambda item, raw: (item, raw[:-1])), "fewer bytes than its answer"),
+    "told too much": (twist_told(lambda item, raw: (item, raw + b"x")), "more bytes than its answer"),
+    "told nothing": (twist_told(lambda item, raw: (item, b"")), "fewer bytes than its answer"),
+    "told hashes of other pages": (
+        twist_told(lambda item, raw: (item, bytes([raw[0] ^ 1]) + raw[1:])),
+        "do not give the digest",
+    ),
+    "told another digest": (
+        twist_told(lambda item, raw: ({**item, "digest": "00" * 32}, raw)),
+        "do not give the digest",
+    ),
+    "told a length beyond a chunk": (
+        twist_told(lambda item, raw: ({**item, "length": CHUNK + 1}, raw)),
+        "wrong value of length",
+    ),
+    "told a known chunk of another length": (
+        twist_told(lambda item, raw: ({**item, **KNOWN}, zbackup.encode_told(MOVED, zbackup.hash_pages(MOVED))[:8192])),
+        "called a chunk the same",
+    ),
+    "a part that nobody needs": (twist_told(lambda item, raw: ({**item, "status": "part"}, raw)), "status"),
+    "told again": (twist_part(lambda item, raw: ({**item, "status": "pages"}, raw)), "wrong value of status"),
+    "whole where a part is needed": (twist_part(lambda item, raw: ({**item, "status": "whole"}, raw)), "status"),
+    "same where a part is needed": (twist_part(lambda item, raw: ({**item, "status": "same"}, b"")), "status"),
+    "patch where a part is needed": (twist_part(lambda item, raw: ({**item, "status": "patch"}, b"")), "status"),
+    "part too short": (twist_part(lambda item, raw: (item, raw[:-1])), "fewer bytes than its answer"),
+    "part too long": (twist_part(lambda item, raw: (item, raw + b"x")), "more bytes than its answer"),
+    "part without a length": (
+        twist_part(lambda item, raw: ({k: v for k, v in item.items() if k != "length"}, raw)),
+        "wrong value of length",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWISTS)
+def test_hostile_node_tells_wrongly(world: World, name: str) -> None:
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(MOVED)) as fake:
+        world.sweep("--no-latest")
+        fake.answers = {**serve_chunks(LATER, TWISTS[name][0]), "LIST": list_lines(make_line("a", len(LATER), inode=2))}
+        row = world.sweep("--no-latest", "--answer-timeout", "2s", code=1)["nodes"][0]
+    assert TWISTS[name][1] in row["error"]
+    assert check_store(world.store) >= 1
+
+
+def test_hostile_node_tells_unasked(world: World) -> None:
+    def twist(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        return [{**item, "status": "pages"}], zbackup.encode_told(raw, zbackup.hash_pages(raw))
+
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(MOVED, twist)):
+        row = world.sweep("--no-latest", code=1)["nodes"][0]
+    assert "wrong value of status" in row["error"]
+
+
+def test_node_tells_of_what_moved(world: World) -> None:
+    needed: list[Any] = []
+
+    def watch(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        needed.append(file.get("need", file.get("tell")))
+        return [item], raw
+
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(MOVED, watch)) as fake:
+        world.sweep("--no-latest")
+        fake.answers = serve_chunks(LATER, watch)
+        world.sweep("--no-latest")
+    assert needed == [None] * 3 + [True, [[0, 1]], True, True]  # nothing is asked for twice at the first copy
+    assert (world.restore() / "a").read_bytes() == LATER
+
+
+@pytest.mark.parametrize("how", ["other bytes", "shorter", "zeros", "end", "later", "lost"])
+def test_node_changes_a_file_after_it_has_told_of_it(world: World, how: str) -> None:
+    changed: list[str] = []
+
+    def twist(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        if item["status"] != "part" or changed:
+            return [item], raw
+        changed.append(how)
+        if how == "other bytes":
+            return [item], raw[:-1] + bytes([raw[-1] ^ 1])
+        if how == "shorter":
+            return [{**item, "length": 3}], b"abc"
+        return [{**item, "status": how, "count": 1}], b""
+
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(MOVED)) as fake:
+        world.sweep("--no-latest")
+        fake.answers = serve_chunks(LATER, twist)
+        snapshot = world.sweep("--no-latest", "--pause", "10ms")["nodes"][0]["snapshot"]
+    assert changed and snapshot["grade"] == "stable"
+    assert (world.restore() / "a").read_bytes() == LATER
+    check_store(world.store)
+
+
+def test_node_changes_a_file_each_time_it_has_told_of_it(world: World) -> None:
+    twist = twist_part(lambda item, raw: (item, raw[:-1] + bytes([raw[-1] ^ 1])))
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(MOVED)) as fake:
+        world.sweep("--no-latest")
+        fake.answers = serve_chunks(LATER, twist)
+        snapshot = world.sweep("--no-latest", "--pause", "10ms", code=1)["nodes"][0]["snapshot"]
+    assert snapshot["grade"] == "torn"  # asked for plainly in the end, so that all of it is there
+    assert (world.restore(code=None) / "a").read_bytes() == LATER
+    check_store(world.store)
+
+
+def test_answers_come_late_and_holes_between_them(world: World) -> None:
+    """What is asked for twice arrives after what follows it, a hole of several chunks among that."""
+    data = os.urandom(CHUNK) + bytes(3 * CHUNK) + os.urandom(2 * CHUNK + 9)
+    later = os.urandom(CHUNK // 2) + data[: CHUNK // 2] + data[CHUNK:] + b"x"
+
+    def twist(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        zeros = {1: 2, 2: 1, 3: 1}.get(file["chunk"])  # one answer covers what the next ones tell of, too
+        return ([{**item, "status": "zeros", "count": zeros}], b"") if zeros else ([item], raw)
+
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(data, twist)) as fake:
+        world.sweep("--no-latest")
+        fake.answers = serve_chunks(later, twist)
+        assert world.sweep("--no-latest")["nodes"][0]["snapshot"]["grade"] == "stable"
+    assert (world.restore() / "a").read_bytes() == later
+
+
+def test_answers_tell_of_a_hole_and_of_an_end_of_it(world: World) -> None:
+    """What one answer said of the chunks behind it is overtaken by a later one, about the chunk before it."""
+    old = os.urandom(8 * CHUNK)
+    data = old[:CHUNK] + b"moved" + old[CHUNK : 2 * CHUNK - 5] + bytes(3 * CHUNK) + old[5 * CHUNK :] + b"end"
+    asked: list[int] = []
+
+    def twist(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        asked.append(file["chunk"])
+        if item["status"] == "part":
+            return [item], bytes(len(raw))
+        if file["chunk"] == 1 and not file.get("tell"):
+            return [{**item, "status": "zeros", "count": 2}], b""
+        zeros = {2: 3, 3: 1, 4: 1}.get(file["chunk"])
+        return ([{**item, "status": "zeros", "count": zeros}], b"") if zeros else ([item], raw)
+
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(old)) as fake:
+        world.sweep("--no-latest")
+        fake.answers = serve_chunks(data, twist)
+        flags = ("--no-latest", "--tries", "1", "--window", "2MiB")
+        assert world.sweep(*flags, code=1)["nodes"][0]["snapshot"]["grade"] == "torn"
+    assert asked.count(1) == 3 and asked.index(5) < asked.index(4)
+    assert (world.restore(code=None) / "a").read_bytes() == data[:CHUNK] + bytes(2 * CHUNK) + data[3 * CHUNK :]
+
+
+# ---- the search for it ----
+
+
+@contextlib.contextmanager
+def open_reader(path: Path) -> Iterator[zbackup.Receiver]:
+    """Yield what takes chunks into a new store."""
+    with contextlib.closing(zbackup.open_store(str(path), create=True)) as store:
+        reader, writer = store.reader(), zbackup.PackWriter(store.packs, store.index, zbackup.PLAIN, 1)
+        reader.open_pack = writer
+        yield zbackup.Receiver(reader, writer)
+        writer.abandon()
+        reader.close()
+
+
+def tell(chunk: bytes) -> zbackup.Told:
+    """Return what a node tells of a chunk."""
+    hashes = zbackup.hash_pages(chunk)
+    return zbackup.decode_told(zbackup.digest_pages(hashes), len(chunk), zbackup.encode_told(chunk, hashes))
+
+
+def find_all(receiver: zbackup.Receiver, old: bytes, new: bytes) -> int:
+    """Look for the chunks of new content in an old one; checks what is put, and returns the bytes that were needed."""
+    chunks = tuple(receiver.writer.put_chunk(old[at : at + CHUNK]) for at in range(0, len(old), CHUNK))
+    finder = zbackup.Finder(receiver.reader, zbackup.Content(len(old), chunks))
+    needed = 0
+    for number in range(zbackup.count_chunks(len(new))):
+        chunk = new[number * CHUNK : (number + 1) * CHUNK]
+        told = tell(chunk)
+        plan = finder.find(number, told, len(new))
+        assert plan.hashes == b"".join(zbackup.hash_pages(chunk[start:end]) for start, end in plan.need)
+        assert receiver.put_moved(plan, b"".join(chunk[start:end] for start, end in plan.need))
+        assert receiver.reader.get(told.digest) == chunk
+        needed += plan.size
+    return needed
+
+
+PARTS = st.lists(st.tuples(st.integers(0, 300_000), st.integers(0, 40_000), st.integers(0, 6)), max_size=6)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 9), st.integers(1, 2 * CHUNK + 50_000), PARTS)
+def test_search_gives_exactly_the_bytes(seed: int, size: int, parts: list[tuple[int, int, int]]) -> None:
+    choice = random.Random(seed)
+    few = [choice.randbytes(50) for _ in range(3)] + [bytes(4096), b" " * 900]
+    old = choice.randbytes(size) if seed % 2 else b"".join(choice.choices(few, k=1 + size // 1000))[:size]
+    new = old
+    for at, count, how in parts:  # inserted, deleted, or put elsewhere
+        piece = choice.randbytes(count) if how < 3 else new[at : at + count] if how < 5 else b""
+        new = new[:at] + piece + new[at + (0 if how in (0, 3) else count) :]
+    with tempfile.TemporaryDirectory() as folder, open_reader(Path(folder) / "store") as receiver:
+        find_all(receiver, old, new or b"x")
+
+
+def test_search_finds_nothing_in_lost_content(tmp_path: Path) -> None:
+    data = os.urandom(CHUNK)
+    with open_reader(tmp_path / "store") as receiver:
+        for chunk in (b"lost".ljust(zbackup.DIGEST), 1):
+            finder = zbackup.Finder(receiver.reader, zbackup.Content(CHUNK, (chunk,)))
+            assert finder.find(0, tell(data), CHUNK).need == [(0, CHUNK)]
+            assert finder.find(0, tell(bytes(CHUNK)), CHUNK).need == [(0, CHUNK)]  # no chunk to draw zeros from
+
+
+def test_search_whose_old_content_is_lost_meanwhile(tmp_path: Path) -> None:
+    old = os.urandom(2 * CHUNK)
+    with open_reader(tmp_path / "store") as receiver:
+        chunks = tuple(receiver.writer.put_chunk(old[at : at + CHUNK]) for at in (0, CHUNK))
+        finder = zbackup.Finder(receiver.reader, zbackup.Content(len(old), chunks))
+        plan = finder.find(0, tell(old[9 : CHUNK + 9]), len(old) - 9)
+        assert not plan.need
+        plan.old._chunks.clear()
+        receiver.reader.distrusted.add(chunks[1])
+        assert not receiver.put_moved(plan)
+        assert plan.without_old().need == [(0, CHUNK)]
+
+
+def fail(error: Exception) -> Callable[..., Any]:
+    """Return a function that raises."""
+
+    def run(*_: Any) -> Any:
+        raise error
+
+    return run
+
+
+def test_moved_chunk_whose_old_content_is_lost_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = os.urandom(2 * CHUNK)
+    with open_reader(tmp_path / "store") as receiver:
+        chunks = tuple(receiver.writer.put_chunk(old[at : at + CHUNK]) for at in (0, CHUNK))
+        intake: Any = SimpleNamespace(reader=receiver.reader, writer=receiver.writer, receiver=receiver)
+        slot = zbackup.Slot(make_line("a", len(old)), None, None)
+        table = zbackup.ChunkTable(receiver.reader, zbackup.Content(len(old), chunks))
+        reading = zbackup.Reading(intake, slot, [table], last=False)
+        told = tell(old[9 : CHUNK + 9])
+        monkeypatch.setattr(zbackup.OldContent, "runs", lambda *_: [])
+        want, got = zbackup.Want(slot, 0, None, b"", tell=True), zbackup.Got("pages", zbackup.Fields("{}", "x"))
+        reading._find(want, got, told)
+        [again] = reading._again
+        assert again.plan and again.plan.need == [(0, CHUNK)] and not again.tell
+        part = tell(old[9 : CHUNK // 2] + os.urandom(CHUNK // 2))
+        plan = zbackup.Finder(receiver.reader, table.content).find(0, part, CHUNK)
+        item = zbackup.Fields(json.dumps({"length": part.length}), "x")
+        needed = memoryview(b"".join((old[9 : CHUNK // 2] + bytes(CHUNK))[start:end] for start, end in plan.need))
+        assert receiver._take_part(item, want, plan, needed)[0].status == "later"
+
+
+def test_told_digest_that_cannot_be_read_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(5000)
+    with open_reader(tmp_path / "store") as receiver:
+        digest = receiver.writer.put_chunk(data)
+        assert receiver._is_known(digest, len(data))
+        with monkeypatch.context() as patched:
+            patched.setattr(receiver.reader, "runs", fail(zbackup.StoreError("damaged")))
+            runs = [zbackup.Run(digest, 0, 9)]
+            assert receiver._draw_from_whole(runs, digest) == runs
+            assert digest in receiver.reader.distrusted
+            receiver.reader.distrusted.clear()
+            assert not receiver._is_known(digest, len(data))
+        assert digest in receiver.reader.distrusted
+
+
+def test_search_ends_where_the_store_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_reader(tmp_path / "store") as receiver:
+        digest = receiver.writer.put_chunk(os.urandom(5000))
+        finder = zbackup.Finder(receiver.reader, zbackup.Content(5000, (digest,)))
+        monkeypatch.setattr(receiver.reader, "get", fail(zbackup.FullStore("full")))
+        with pytest.raises(zbackup.FullStore):
+            finder.find(0, tell(b"x" * 9000), 9000)
+
+
+@pytest.mark.parametrize("unit", [b"\0" * 15 + b"\1", b"a" * 16, b"ab" * 8, b"0123456789abcdef"])
+def test_search_for_needles_that_stand_everywhere_ends_soon(tmp_path: Path, unit: bytes) -> None:
+    old = unit * (3 * CHUNK // 16)
+    new = b"".join(unit + os.urandom(8) + unit * 254 + b"12345678" for _ in range(256))
+    with open_reader(tmp_path / "store") as receiver:
+        began = time.process_time()
+        find_all(receiver, old, new)
+        assert time.process_time() - began < 2  # some 0.1 s for the search
+
+
+def test_search_gives_up_on_new_content(tmp_path: Path) -> None:
+    with open_reader(tmp_path / "store") as receiver:
+        chunk = receiver.writer.put_chunk(os.urandom(CHUNK))
+        finder = zbackup.Finder(receiver.reader, zbackup.Content(60 * CHUNK, (chunk, 59)))
+        told = tell(os.urandom(CHUNK))
+        worth = []
+        for number in range(60):
+            worth.append(finder.is_worth(number))
+            if worth[-1]:
+                finder.find(number, told, 60 * CHUNK)
+        assert [number for number in range(60) if worth[number]] == [*range(17), 32, 48]
+        assert not finder.is_worth(64)  # beyond the old end, and nothing has moved
+        finder.note_known()
+        assert finder.is_worth(33) and finder.is_worth(64)
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+def test_count_equal(at_end: bool) -> None:
+    for one, other in ((b"", b"a"), (b"abc", b"abd"), (b"abc", b"xbc"), (b"aaaa", b"aa"), (b"same", b"same")):
+        same = [n for n in range(5) if n <= min(len(one), len(other))]
+        cut = (lambda b, n: b[len(b) - n :]) if at_end else (lambda b, n: b[:n])
+        assert zbackup.count_equal(one, other, at_end) == max(n for n in same if cut(one, n) == cut(other, n))
+
+
+# ---- more hostile nodes ----
 
 
 def sweep_against(world: World, fake: FakeNode) -> int:
