@@ -1572,10 +1572,10 @@ def _check_private(path: str, fd: int) -> None:
             )
 
 
-def load_pair(path: str) -> KeyPair:
+def load_pair(path: str, failure: type[BackupError] = BackupError) -> KeyPair:
     """Return the key pair whose secret half stands in a file, made at first use.
 
-    Raises BackupError when it can be neither read nor kept, or others can read it.
+    Raises `failure` when it can be neither read nor made, and BackupError when it is none or others can read it.
     """
     zmq = load_curve()
     try:
@@ -1592,7 +1592,7 @@ def load_pair(path: str) -> KeyPair:
     except FormatError as error:
         raise BackupError(f"{show(path)} {error}; restore it, or remove it, and a new one is made") from None
     except OSError as error:
-        kind = FullStore if error.errno in (errno.ENOSPC, errno.EDQUOT) else BackupError
+        kind = FullStore if error.errno in (errno.ENOSPC, errno.EDQUOT) else failure
         raise kind(f"the key {show(path)} can be neither read nor made: {explain(error)}") from None
     return KeyPair(zmq.curve_public(secret.encode("ascii")).decode("ascii"), secret)
 
@@ -9364,6 +9364,11 @@ def find_key_file(store: str) -> str:
     return os.path.join(store, "keys", "server")
 
 
+def load_server_pair(store: str, key_file: str) -> KeyPair:
+    """Return the key pair that --key-file names, or that of the store, whose failure it then is to have none."""
+    return load_pair(key_file) if key_file else load_pair(find_key_file(store), StoreError)
+
+
 def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: Running, output: Output) -> int:
     """Make one sweep and report it; returns its exit code.  A store that fails ends this sweep only."""
     try:
@@ -9373,7 +9378,7 @@ def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: 
         return error.exit_code
     wire: Wire | None = None
     try:
-        wire = Wire(*running, settings.heartbeat, load_pair(settings.key_file or find_key_file(settings.store)))
+        wire = Wire(*running, settings.heartbeat, load_server_pair(settings.store, settings.key_file))
         store.save_reserve(settings.reserve)
         copier = Copier(store, wire, settings, make_after_pull(settings))
         events = Events(
@@ -9633,7 +9638,7 @@ def run_key(args: argparse.Namespace) -> int:
     if not args.key_file:
         make_store_folder(args.store)
     made = not os.path.lexists(path)
-    pair = load_pair(path)
+    pair = load_server_pair(args.store, args.key_file)
     if made:
         print(f"zbackup: a new key pair; its secret half is in {show(path)}, keep a copy of it", file=sys.stderr)
     if not args.file:

@@ -229,6 +229,12 @@ def test_crash_latest_removes_what_a_killed_run_left(stage: Callable[..., crash.
     assert not matrix.fail_calls(errno.EIO, rf"unlink of {zbackup.TEMPORARY}\w{{24}}$").lost
 
 
+def test_crash_pull_whose_key_cannot_be_made(stage: Callable[..., crash.Scene]) -> None:
+    """The key lies in the store, so it is the store that fails, with its exit code."""
+    matrix = crash.Matrix(stage(), crash.CASES["first pull"])
+    assert not matrix.fail_calls(errno.EIO, "fsync of (backups|keys)$").lost
+
+
 # ---- the model of the disk, on which all of it rests ----
 
 
