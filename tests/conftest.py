@@ -190,6 +190,46 @@ sys.stdin.readline()
 """
 
 
+HALT = """
+import os, signal, sys, zbackup
+event, count = sys.argv.pop(1), int(sys.argv.pop(1))
+
+def look(name, arguments):
+    global count
+    count -= name == event
+    if name == event and not count:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+sys.addaudithook(look)
+sys.exit(zbackup.main(sys.argv[1:]))
+"""
+
+
+@contextlib.contextmanager
+def halted(world: World, event: str, count: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a command that stops itself, as SIGSTOP does, before it does something for the `count`th time.
+
+    `event` is what an audit hook calls it (https://docs.python.org/3/library/audit_events.html).  A signal sent then
+    comes in the middle of the work, however busy this machine is.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", HALT, event, str(count), *arguments],
+        cwd=world.path,
+        env=uncovered({**world.env, "PYTHONPATH": str(HERE.parent)}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            assert found and found.si_code == os.CLD_STOPPED, process.communicate()
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            if process.poll() is None:
+                process.kill()
+
+
 @contextlib.contextmanager
 def held(path: Path | str, how: str) -> Iterator[subprocess.Popen[str]]:
     """Let another process hold a lock."""
