@@ -20,6 +20,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parent / "zbackup.py"
+AT_ONCE = 5.0  # s that what is done at once may take on a busy machine; what it must not wait for takes far longer
 sys.path.insert(0, str(HERE.parent))
 
 

@@ -21,7 +21,7 @@ from typing import Any, Callable
 
 import pytest
 import zmq
-from conftest import PROGRAM, Process, World, wait_until
+from conftest import AT_ONCE, PROGRAM, Process, World, wait_until
 from test_wire import make_program
 
 import zbackup
@@ -537,7 +537,7 @@ def test_schedule_until_a_signal(small: World, number: int, code: int) -> None:
     wait_until(lambda: server.output.count("sweep of") == 2, what="two sweeps")
     began = time.monotonic()
     assert server.stop(number) == code
-    assert time.monotonic() - began < 1 and "Traceback" not in server.output
+    assert time.monotonic() - began < AT_ONCE and "Traceback" not in server.output
     assert len(small.listed("127.0.0.9")) == 2
 
 
@@ -567,7 +567,7 @@ def test_signal_while_probing(small: World) -> None:
         time.sleep(0.3)
         began = time.monotonic()
         assert server.stop(signal.SIGINT) == 130
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < AT_ONCE
     assert "Traceback" not in server.output and "interrupted" in server.output
 
 
@@ -587,7 +587,7 @@ def test_signal_in_the_middle_of_a_copy(world: World, number: int) -> None:
     node.process.send_signal(signal.SIGSTOP)  # now it cannot be done before the signal
     began = time.monotonic()
     assert server.stop(number) == 130
-    assert time.monotonic() - began < 3 and "Traceback" not in server.output
+    assert time.monotonic() - began < AT_ONCE and "Traceback" not in server.output
     node.process.send_signal(signal.SIGCONT)
     rows = world.listed("127.0.0.9")
     assert [(row["GRADE"], row["NOTE"]) for row in rows] == [("partial", "cut off: interrupted")]
@@ -898,7 +898,7 @@ def sweep_against(world: World, fake: FakeNode) -> int:
             str(PROGRAM),
             *world.server_flags("--freeze-timeout", "1s", "--answer-timeout", "1s"),
         ]
-        done = subprocess.run(command, cwd=world.path, env=world.env, capture_output=True, timeout=4, preexec_fn=limit)
+        done = subprocess.run(command, cwd=world.path, env=world.env, capture_output=True, timeout=60, preexec_fn=limit)
     assert b"Traceback" not in done.stderr
     return done.returncode
 

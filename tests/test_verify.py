@@ -600,7 +600,7 @@ def test_verify_runs_beside_a_sweep(world: World) -> None:
     assert len(codes) > 3
     assert set(codes) == {(0, "", "")}
     assert json.loads(world.run("verify", "--json").stdout)["index"] == ""
-    wait_until(lambda: len(world.listed(FOLDER)) == 4, 5, "the snapshots")
+    wait_until(lambda: len(world.listed(FOLDER)) == 4, what="the snapshots")
 
 
 # ---- what cannot be read here, or may not be written ----
