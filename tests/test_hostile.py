@@ -981,7 +981,7 @@ def test_node_whose_answers_trickle(world: World) -> None:
     with fake, Relay("127.0.0.20", world.port, ("127.0.0.30", world.port), pause=0.3, free=2500):
         started = time.monotonic()
         row = find_row(world.sweep("--range", "20", *IMPATIENT, code=1), "127.0.0.20")
-    assert "did not answer within 4 s" in row["error"]
+    assert "did not answer within 1 s" in row["error"]
     assert time.monotonic() - started < 30
 
 
@@ -1110,7 +1110,7 @@ def find_leaks(world: World, samples: list[bytes]) -> list[Path]:
     return [path for path in plain if any(sample in data for data in [path.read_bytes()] for sample in samples)]
 
 
-def read_often(client: Client, samples: list[bytes], *paths: str, seconds: float = 2.5) -> int:
+def read_often(client: Client, samples: list[bytes], *paths: str, seconds: float = 1.2) -> int:
     """Ask a node for files again and again, and for what there is; returns how often something of them came."""
     came = 0
     end = time.monotonic() + seconds
@@ -1150,9 +1150,8 @@ def test_files_swapped_with_symlinks_lead_nowhere(world: World, clients: Callabl
         with swapped(*chosen) as count:
             paths = ("files/folder/small", "files/folder/deep/large", "files/folder/deep/small", "files/small")
             came += read_often(client, [*samples[::10], *more], *paths)
-            for _ in range(2):
-                done = world.sweep("--tries", "2", "--pause", "1ms", code=None)
-                assert done["exit_code"] in (0, 1)
+            done = world.sweep("--tries", "2", "--pause", "1ms", code=None)
+            assert done["exit_code"] in (0, 1)
         assert count[0] > 500
     assert came > 20, "some of the readings hit the files themselves"
     assert find_leaks(world, [*samples, *more]) == []
@@ -1171,8 +1170,7 @@ def test_database_swapped_with_a_symlink_leads_nowhere(world: World, clients: Ca
     world.keyed("--margin", "0s")
     client = clients(KEYED_AT, load_pair(world).secret)
     with swapped((world.files / "bd", world.path / "to-db")) as count:
-        assert read_often(client, samples, *["files/bd"] * 20, seconds=5) > 10
-        for _ in range(2):
-            world.sweep("--checksum", "--tries", "2", "--pause", "1ms", code=None)
+        assert read_often(client, samples, *["files/bd"] * 20, seconds=2.5) > 10
+        world.sweep("--checksum", "--tries", "2", "--pause", "1ms", code=None)
     assert count[0] > 500
     assert find_leaks(world, samples) == []
