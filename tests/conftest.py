@@ -181,7 +181,7 @@ class World:
 FOLDER = "127.0.0.9"  # where the copies of a node at the first address are
 
 
-ENV = {**os.environ, "PYTHONPATH": str(HERE.parent)}  # of a process that imports zbackup
+ENV = uncovered({**os.environ, "PYTHONPATH": str(HERE.parent)})  # of a process that helps a test and imports zbackup
 
 HOLD = """
 import sys, zbackup
