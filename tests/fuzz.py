@@ -1023,7 +1023,7 @@ class Recorded(Script):
         self.said: list[bytes] = []
 
     def on_question(self, frames: Sequence[Any]) -> None:
-        head, body = self.session._answer(message_of(frames[0], frames[1]))
+        head, body = z.encode_answer(self.session._answer(message_of(frames[0], frames[1])), 1)
         self.waiting.append((head, body))
         self.said += [head, body]
 
