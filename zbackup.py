@@ -9364,7 +9364,7 @@ def find_key_file(store: str) -> str:
     return os.path.join(store, "keys", "server")
 
 
-def load_server_pair(store: str, key_file: str) -> KeyPair:
+def find_server_pair(store: str, key_file: str) -> KeyPair:
     """Return the key pair that --key-file names, or that of the store, whose failure it then is to have none."""
     return load_pair(key_file) if key_file else load_pair(find_key_file(store), StoreError)
 
@@ -9378,7 +9378,7 @@ def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: 
         return error.exit_code
     wire: Wire | None = None
     try:
-        wire = Wire(*running, settings.heartbeat, load_server_pair(settings.store, settings.key_file))
+        wire = Wire(*running, settings.heartbeat, find_server_pair(settings.store, settings.key_file))
         store.save_reserve(settings.reserve)
         copier = Copier(store, wire, settings, make_after_pull(settings))
         events = Events(
@@ -9638,7 +9638,7 @@ def run_key(args: argparse.Namespace) -> int:
     if not args.key_file:
         make_store_folder(args.store)
     made = not os.path.lexists(path)
-    pair = load_server_pair(args.store, args.key_file)
+    pair = find_server_pair(args.store, args.key_file)
     if made:
         print(f"zbackup: a new key pair; its secret half is in {show(path)}, keep a copy of it", file=sys.stderr)
     if not args.file:
