@@ -1707,10 +1707,10 @@ def _check_private(path: str, fd: int) -> None:
             )
 
 
-def load_pair(path: str) -> KeyPair:
+def load_pair(path: str, failure: type[BackupError] = BackupError) -> KeyPair:
     """Return the key pair whose secret half stands in a file, made at first use.
 
-    Raises BackupError when it can be neither read nor kept, or others can read it.
+    Raises `failure` when it can be neither read nor made, and BackupError when it is none or others can read it.
     """
     zmq = load_curve()
     try:
@@ -1727,7 +1727,7 @@ def load_pair(path: str) -> KeyPair:
     except FormatError as error:
         raise BackupError(f"{show(path)} {error}; restore it, or remove it, and a new one is made") from None
     except OSError as error:
-        kind = FullStore if error.errno in (errno.ENOSPC, errno.EDQUOT) else BackupError
+        kind = FullStore if error.errno in (errno.ENOSPC, errno.EDQUOT) else failure
         raise kind(f"the key {show(path)} can be neither read nor made: {explain(error)}") from None
     return KeyPair(zmq.curve_public(secret.encode("ascii")).decode("ascii"), secret)
 
@@ -8725,8 +8725,8 @@ class FileWriter:
         """Give what is durable its names; a folder's time comes after all in it."""
         if self._syncing:
             self._syncing.wait()  # where it fails, nothing of it is ever published
-        due, self._synced, self._syncing = self._synced, [], None
-        for path, temporary, stat in due:
+        self._syncing = None
+        for path, temporary, stat in self._synced:
             self._due_names.pop(path, None)
             try:
                 if stat:
@@ -8736,6 +8736,7 @@ class FileWriter:
             except OSError as error:
                 what = "its owner, mode or time cannot be set" if stat else "cannot be put at its place"
                 self.fail(path, f"{what}: {explain(error)}")
+        self._synced = []  # at the end: what an interruption keeps from its name is removed by `close`
 
     def _publish(self, path: bytes, temporary: bytes) -> None:
         folder, name = self.folders.parent(path)
@@ -10023,6 +10024,11 @@ def find_key_file(store: str) -> str:
     return os.path.join(store, "keys", "server")
 
 
+def find_server_pair(store: str, key_file: str) -> KeyPair:
+    """Return the key pair that --key-file names, or that of the store, whose failure it then is to have none."""
+    return load_pair(key_file) if key_file else load_pair(find_key_file(store), StoreError)
+
+
 def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: Running, output: Output) -> int:
     """Make one sweep and report it; returns its exit code.  A store that fails ends this sweep only."""
     try:
@@ -10032,7 +10038,7 @@ def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: 
         return error.exit_code
     wire: Wire | None = None
     try:
-        wire = Wire(*running, settings.heartbeat, load_pair(settings.key_file or find_key_file(settings.store)))
+        wire = Wire(*running, settings.heartbeat, find_server_pair(settings.store, settings.key_file))
         store.save_reserve(settings.reserve)
         copier = Copier(store, wire, settings, make_after_pull(settings))
         events = Events(
@@ -10292,7 +10298,7 @@ def run_key(args: argparse.Namespace) -> int:
     if not args.key_file:
         make_store_folder(args.store)
     made = not os.path.lexists(path)
-    pair = load_pair(path)
+    pair = find_server_pair(args.store, args.key_file)
     if made:
         print(f"zbackup: a new key pair; its secret half is in {show(path)}, keep a copy of it", file=sys.stderr)
     if not args.file:

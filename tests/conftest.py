@@ -20,11 +20,16 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE.parent / "zbackup.py"
+AT_ONCE = 5.0  # s that what is done at once may take on a busy machine; what it must not wait for takes far longer
 sys.path.insert(0, str(HERE.parent))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "alone: measures memory or time; not run beside other tests")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A shell that starts the tests in the background (`tests/run.sh &`) tells them to ignore Ctrl-C, and each
+        # process that they start would inherit that: what a test sends it would then do nothing.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def uncovered(env: dict[str, str]) -> dict[str, str]:
@@ -176,7 +181,7 @@ class World:
 FOLDER = "127.0.0.9"  # where the copies of a node at the first address are
 
 
-ENV = {**os.environ, "PYTHONPATH": str(HERE.parent)}  # of a process that imports zbackup
+ENV = uncovered({**os.environ, "PYTHONPATH": str(HERE.parent)})  # of a process that helps a test and imports zbackup
 
 HOLD = """
 import sys, zbackup
@@ -184,6 +189,46 @@ fd = zbackup.lock_file(sys.argv[1], shared=sys.argv[2] == "shared")
 print("held", flush=True)
 sys.stdin.readline()
 """
+
+
+HALT = """
+import os, signal, sys, zbackup
+event, count = sys.argv.pop(1), int(sys.argv.pop(1))
+
+def look(name, arguments):
+    global count
+    count -= name == event
+    if name == event and not count:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+sys.addaudithook(look)
+sys.exit(zbackup.main(sys.argv[1:]))
+"""
+
+
+@contextlib.contextmanager
+def halted(world: World, event: str, count: int, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a command that stops itself, as SIGSTOP does, before it does something for the `count`th time.
+
+    `event` is what an audit hook calls it (https://docs.python.org/3/library/audit_events.html).  A signal sent then
+    comes in the middle of the work, however busy this machine is.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", HALT, event, str(count), *arguments],
+        cwd=world.path,
+        env=uncovered({**world.env, "PYTHONPATH": str(HERE.parent)}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            found = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            assert found and found.si_code == os.CLD_STOPPED, process.communicate()
+            yield process
+        finally:
+            process.send_signal(signal.SIGCONT)
+            if process.poll() is None:
+                process.kill()
 
 
 @contextlib.contextmanager

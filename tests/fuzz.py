@@ -1053,7 +1053,7 @@ class Recorded(Script):
         self.said: list[bytes] = []
 
     def on_question(self, frames: Sequence[Any]) -> None:
-        head, body = self.session._answer(message_of(frames[0], frames[1]))
+        head, body = z.encode_answer(self.session._answer(message_of(frames[0], frames[1])), 1)
         self.waiting.append((head, body))
         self.said += [head, body]
 
@@ -1242,7 +1242,7 @@ def question(data: bytes) -> None:
                 with ours():
                     asked.fields.text("server", "", 100)
                     z.decode_asks(asked)
-                answer = message_of(*served._answer(asked))
+                answer = message_of(*z.encode_answer(served._answer(asked), 1))
                 assert answer.number == asked.number
                 check_answer(answer)
     finally:

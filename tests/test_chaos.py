@@ -2,6 +2,8 @@
 
 What is served proves itself: it is known of each path what stood there and when, so that each
 file of each copy can be checked to have been just so at some moment of that copy's making.
+ZBACKUP_CHAOS_SECONDS is how long the killing goes on in test_chaos, and the crowd in test_together;
+by default 10 s and 6 s.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import pytest
-from conftest import Process, World
+from conftest import Process, World, uncovered
 
 import zbackup as z
 
@@ -450,6 +452,7 @@ class Chaos:
 
     def __init__(self, world: World, seed: int) -> None:
         self.world = world
+        world.env = uncovered(world.env)  # quicker, so that more happens; other tests reach the same lines
         self.random = random.Random(seed)
         self.trees = {
             ONE: Tree(world.path / "one", "WAL", seed),
@@ -688,7 +691,7 @@ def running(chaos: Chaos, seed: int) -> Iterator[None]:
 def test_chaos(world: World) -> None:
     seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(10**6))
     print(f"{SEED}={seed} repeats this run")
-    end = time.monotonic() + float(os.environ.get(SECONDS) or 25)
+    end = time.monotonic() + float(os.environ.get(SECONDS) or 10)
     chaos = Chaos(world, seed)
     with running(chaos, seed):
         for address in (ONE, TWO):
@@ -895,7 +898,7 @@ def test_together(world: World) -> None:
         loops = [Loop(call, stop) for call in calls]
         for loop in loops:
             loop.start()
-        stop.wait(float(os.environ.get(SECONDS) or 15))
+        stop.wait(float(os.environ.get(SECONDS) or 6))
         stop.set()
         for loop in loops:
             loop.join()

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import FOLDER, PROGRAM, Process, World, uncovered, wait_until
+from conftest import AT_ONCE, FOLDER, PROGRAM, Process, World, uncovered, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from test_restore import NOON, describe, make_snapshot
 
 import zbackup
 
-AT_ONCE = 2.0  # s that a stop may take: one, and one for a machine that is busy with other tests
 COMMANDS = ["server", "node", "list", "restore", "cat", "demo", "key", "nodes", "trust", "forget", "unit"]
 
 
@@ -637,13 +636,13 @@ def test_every_sweeps_again_until_stopped(world: World) -> None:
         for _ in range(4):
             assert process.stdout.readline()
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(20) == 0
     assert len(world.listed(FOLDER)) >= 2
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_sweep_interrupted(world: World, number: int, code: int) -> None:
-    world.node("--before", "touch began; sleep 3")
+    world.node("--before", "touch began; sleep 15")
     server = world.server()
     wait_until((world.path / "began").exists)
     began = time.monotonic()
@@ -665,7 +664,7 @@ def test_node_stopped(world: World, number: int, code: int) -> None:
 def test_node_stopped_in_the_middle_of_a_copy(world: World, number: int, code: int) -> None:
     """It ends at once, --after is begun, the server says what happened and the next copy is whole."""
     (world.files / "a").write_text("a")
-    hooks = ("--before", "touch began; test -e again || sleep 3", "--after", "touch after")
+    hooks = ("--before", "touch began; test -e again || sleep 15", "--after", "touch after")
     node = world.node(*hooks)
     server = world.server()
     wait_until((world.path / "began").exists)
@@ -673,7 +672,7 @@ def test_node_stopped_in_the_middle_of_a_copy(world: World, number: int, code: i
     assert node.stop(number) == code
     assert time.monotonic() - began < AT_ONCE
     assert node.output.endswith("stopped\n") and "Traceback" not in node.output
-    assert server.process.wait(10) == 1 and "the connection to the node was lost" in server.output
+    assert server.process.wait(20) == 1 and "the connection to the node was lost" in server.output
     wait_until((world.path / "after").exists, what="--after")
     (world.path / "again").touch()
     world.node(*hooks)

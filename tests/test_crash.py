@@ -1,6 +1,6 @@
 """The crash matrix: what a kill -9, a power cut or a refusing disk at any instant may cost, which is nothing.
 
-By default each test takes a random sample for some seconds; its seed stands in what it reports,
+By default each test takes a random sample for a second; its seed stands in what it reports,
 and ZBACKUP_CRASH_SEED repeats it.  ZBACKUP_CRASH=all tries every instant and every call, and
 prints the table that the README has; beside -n it is one line for each test, shown by -rP.
 """
@@ -24,7 +24,7 @@ import zbackup
 
 ALL = os.environ.get("ZBACKUP_CRASH") == "all"
 SEED = int(os.environ.get("ZBACKUP_CRASH_SEED") or time.time())
-SECONDS = float(os.environ.get("ZBACKUP_CRASH_SECONDS") or 2)  # for each sample
+SECONDS = float(os.environ.get("ZBACKUP_CRASH_SECONDS") or 1)  # for each sample
 
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO, "EDQUOT": errno.EDQUOT}
 
@@ -227,6 +227,12 @@ def test_crash_latest_removes_what_a_killed_run_left(stage: Callable[..., crash.
     """The removal of a half file fails once, in the run after the kill: a later run must try it again."""
     matrix = crash.Matrix(stage(), crash.CASES["pull after a killed latest"])
     assert not matrix.fail_calls(errno.EIO, rf"unlink of {zbackup.TEMPORARY}\w{{24}}$").lost
+
+
+def test_crash_pull_whose_key_cannot_be_made(stage: Callable[..., crash.Scene]) -> None:
+    """The key lies in the store, so it is the store that fails, with its exit code."""
+    matrix = crash.Matrix(stage(), crash.CASES["first pull"])
+    assert not matrix.fail_calls(errno.EIO, "fsync of (backups|keys)$").lost
 
 
 # ---- the model of the disk, on which all of it rests ----

@@ -201,4 +201,4 @@ def test_after_is_run_where_the_store_fails(world: World) -> None:
     wait_until(lambda: any((world.store / "packs").glob("??/*.pack")), what="a pack")
     (world.store / "packs").rename(world.path / "elsewhere")
     assert server.process.wait(30) == 4, server.output
-    wait_until(lambda: "after" in (world.path / "hooks").read_text(), 5, "--after")
+    wait_until(lambda: "after" in (world.path / "hooks").read_text(), what="--after")

@@ -29,8 +29,8 @@ from conftest import ENV, PROGRAM, World
 import zbackup as z
 
 HERE = Path(__file__).resolve().parent
-TIME = float(os.environ.get("ZBACKUP_FUZZ_TIME", "40"))
-EACH = max(2, round(TIME / len(fuzz.TARGETS)))  # s; libFuzzer takes whole ones
+TIME = float(os.environ.get("ZBACKUP_FUZZ_TIME", "20"))
+EACH = max(1, round(TIME / len(fuzz.TARGETS)))  # s; libFuzzer takes whole ones
 guided = pytest.mark.skipif(
     importlib.util.find_spec("atheris") is None,
     reason="atheris has no wheel for this Python; see tests/requirements.txt",

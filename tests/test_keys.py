@@ -236,6 +236,17 @@ def test_pair_below_a_file(tmp_path: Path) -> None:
         z.load_pair(str(tmp_path / "file/key"))
 
 
+@pytest.mark.parametrize("command", ["key", "server"])
+def test_pair_that_cannot_be_made_fails_as_what_it_lies_in(world: World, command: str) -> None:
+    """In the store, the store fails with its exit code; elsewhere it is the file that --key-file names."""
+    flags = world.server_flags() if command == "server" else [command]
+    world.store.mkdir(0o700)
+    (world.store / "keys").touch()
+    (world.path / "file").touch()
+    for code, *key_file in ((4,), (1, "--key-file", "file/key")):
+        assert "can be neither read nor made: Not a directory" in world.run(*flags, *key_file, code=code).stderr
+
+
 AS_NOBODY = """
 import encodings.ascii, fcntl, os, secrets, sys, zbackup, zmq, zmq.utils.z85
 if os.getuid() == 0:

@@ -6,12 +6,14 @@ import ast
 import builtins
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields as fields_of
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 from conftest import HERE, PROGRAM
@@ -462,3 +464,45 @@ def test_top_level_of_repository() -> None:
     top = {name.split("/")[0] for name in run.stdout.splitlines()}
     visible = {name for name in top if not name.startswith(".")}
     assert visible - {"build_pyz.sh", "README.md"} == {"zbackup.py", "tests", "LICENSE"}
+
+
+# ---- tests/run.sh ----
+
+STUB = """#!/bin/sh
+case "$0 $*" in
+*pytest*) echo "$*" >> calls; read -r code < codes; sed -i 1d codes; exit "$code" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "lots"),
+    [
+        ((0, 0), 0, ["-n 3", "-m alone"]),
+        ((1, 0, 0), 0, ["-n 3", "--last-failed", "-m alone"]),
+        ((1, 1), 1, ["-n 3", "--last-failed"]),
+        ((1, 5), 5, ["-n 3", "--last-failed"]),
+        ((2,), 2, ["-n 3"]),
+        ((0, 1), 1, ["-n 3", "-m alone"]),
+    ],
+    ids=["all pass", "pass alone", "fail again", "none to run again", "not begun", "memory"],
+)
+def test_run_sh_tries_once_more_what_failed_beside_others(
+    tmp_path: Path, codes: tuple[int, ...], code: int, lots: list[str]
+) -> None:
+    """A copy of it, with programs that end with these codes in place of pytest and the others."""
+    for folder in ("tests", "venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("python", "ruff", "mypy"):
+        (tmp_path / "venv/bin" / name).write_text(STUB)
+        (tmp_path / "venv/bin" / name).chmod(0o700)
+    for name in ("tests/run.sh", "tests/requirements.txt", "venv/requirements.done"):
+        shutil.copy(HERE / (name[6:] if name.startswith("tests") else "requirements.txt"), tmp_path / name)
+    (tmp_path / "codes").write_text("".join(f"{number}\n" for number in codes))
+    env = {**os.environ, "ZBACKUP_VENV": "venv"}
+    done = subprocess.run(["sh", tmp_path / "tests/run.sh"], env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [lot in call for lot, call in zip(lots, calls)] == [True] * len(calls) == [True] * len(lots)
+    assert all(("-n 3" in call) == (lot == "-n 3") for lot, call in zip(lots, calls))
+    assert ("once more, one at a time" in done.stderr) == ("--last-failed" in lots)

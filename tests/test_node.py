@@ -708,14 +708,14 @@ def test_holes_skipped(tree: Path) -> None:
         file.seek((5 << 30) + 7 * CHUNK + 100)
         file.write(b"data")
     reader = Reader(tree)
-    started = time.monotonic()
+    started = time.process_time()  # a busy machine takes nothing of that
     chunk, answers = 0, []
     while chunk < 10240:
         fields, data = reader.read(b"files/holes", chunk)
         answers.append((chunk, fields["status"], data.strip(b"\0")))
         chunk += fields.get("count", 1)
     assert answers == [(0, "zeros", b""), (5127, "whole", b"data"), (5128, "zeros", b"")]
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     reader.close()
 
 

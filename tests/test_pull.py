@@ -78,7 +78,7 @@ def calm(world: World) -> World:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Some 3000 files of the standard library, with symlinks and odd modes, and a node that serves them."""
+    """Some 1000 files of the standard library, with symlinks and odd modes, and a node that serves them."""
     world = World(tmp_path_factory.mktemp("library"))
     source = Path(sysconfig.get_paths()["stdlib"])
     count = 0
@@ -87,10 +87,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         target = world.files / os.path.relpath(folder, source)
         target.mkdir(exist_ok=True)
         for name in sorted(files):
-            if count < 3000:
+            if count < 1000:
                 shutil.copy2(os.path.join(folder, name), target / name, follow_symlinks=False)
                 count += 1
-    assert count == 3000
+    assert count == 1000
     (world.files / "json link").symlink_to("json")
     (world.files / "nowhere").symlink_to("/does/not/exist")
     (world.files / "os.py").chmod(0o4751)
@@ -105,7 +105,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def test_library_is_restored_as_it_was(library: World) -> None:
     first = pull(library)
-    assert (first["files"], first["changed"], first["grade"]) == (3001, 3001, "stable")
+    assert (first["files"], first["changed"], first["grade"]) == (1001, 1001, "stable")
     assert first["added"] < first["sent"] * 1.2 < first["size"]  # compressed on the way
     check_restored(library)
 
@@ -113,7 +113,7 @@ def test_library_is_restored_as_it_was(library: World) -> None:
 def test_library_unchanged(library: World) -> None:
     pull(library)
     second = pull(library)
-    assert (second["files"], second["changed"], second["deleted"]) == (3001, 0, 0)
+    assert (second["files"], second["changed"], second["deleted"]) == (1001, 0, 0)
     assert second["sent"] < 200_000  # the listing, compressed
     assert second["added"] < 1000
     check_restored(library, "unchanged")
@@ -122,7 +122,7 @@ def test_library_unchanged(library: World) -> None:
 def test_library_compared_by_checksum(library: World) -> None:
     pull(library)
     third = pull(library, "--checksum")
-    assert (third["files"], third["changed"], third["grade"]) == (3001, 0, "stable")
+    assert (third["files"], third["changed"], third["grade"]) == (1001, 0, "stable")
     assert third["sent"] < 0.1 * third["size"]
 
 
@@ -473,9 +473,12 @@ def test_content_changed_within_one_tick(world: World) -> None:
 
 def test_fresh_file_is_read_until_it_is_old(world: World) -> None:
     (world.files / "file").write_bytes(os.urandom(50_000))
-    world.node("--margin", "1500ms")
-    pull(world)
-    assert read_entries(world)[-1].stat.fresh
+    node = world.node("--margin", "1h")
+    for _ in range(2):
+        pull(world)
+        assert read_entries(world)[-1].stat.fresh
+    node.stop()
+    world.node("--margin", "1s")
     wait_until(lambda: pull(world)["sent"] >= 0 and not read_entries(world)[-1].stat.fresh, what="age")
     assert pull(world)["changed"] == 0
     check_restored(world)
@@ -500,7 +503,7 @@ def test_many_versions_of_one_file(calm: World) -> None:
     file = calm.files / "file"
     file.write_bytes(os.urandom(3 * MIB))
     versions = []
-    for number in range(25):
+    for number in range(18):  # more than one patch may draw from
         change_pages(file, choice.sample(range(768), 20))
         if number % 8 == 5:
             os.truncate(file, 3 * MIB - choice.randrange(2 * MIB))
@@ -512,7 +515,7 @@ def test_many_versions_of_one_file(calm: World) -> None:
     reader = store.reader()
     snapshots = store.node("127.0.0.9").list_snapshots()
     kinds = set()
-    assert len(snapshots) == 25
+    assert len(snapshots) == 18 > zbackup.MOST_SOURCES
     for snapshot, content in zip(snapshots, versions):
         entry = next(e for e in zbackup.list_entries(reader, snapshot.blocks) if e.stat.kind == "file")
         parts = []
@@ -742,7 +745,7 @@ def test_node_stopped_in_the_middle(world: World) -> None:
     server = world.server("--window", "1MiB", "--answer-timeout", "1s")
     wait_until(lambda: any(p.stat().st_size > MIB for p in find_packs(world)), what="some bytes")
     node.process.send_signal(signal.SIGSTOP)
-    assert server.process.wait(10) == 1
+    assert server.process.wait(20) == 1
     assert "did not answer within 1 s" in server.output
     node.process.send_signal(signal.SIGCONT)
     assert pull(world)["grade"] == "stable"
@@ -844,7 +847,7 @@ def test_hook_after_a_copy_that_failed(world: World) -> None:
     (world.files / "a").write_text("a")
     world.node("--before", "false", "--after", "echo after >> hooks")
     world.sweep(code=1)
-    wait_until((world.path / "hooks").exists, timeout=3, what="--after")
+    wait_until((world.path / "hooks").exists, what="--after")
 
 
 def test_hook_after_a_server_that_was_killed(world: World) -> None:
@@ -860,8 +863,8 @@ def test_hook_after_a_server_that_was_killed(world: World) -> None:
 
 def test_hook_that_takes_long(world: World) -> None:
     (world.files / "a").write_text("a")
-    world.node("--before", "sleep 2", "--working-every", "200ms")
-    assert pull(world, "--answer-timeout", "800ms")["grade"] == "stable"
+    world.node("--before", "sleep 4", "--working-every", "200ms")
+    assert pull(world, "--answer-timeout", "3s")["grade"] == "stable"
 
 
 def test_packs_of_few_chunks(calm: World) -> None:

@@ -173,7 +173,7 @@ def test_backup_with_nothing_but_python(machine: Machine) -> None:
         machine.run("restore", "127.0.0.9", "--to", "restored")
     finally:
         node.terminate()
-    assert node.wait(10) == 0, log.read_text()
+    assert node.wait(20) == 0, log.read_text()
     assert (machine.path / "restored/files/bd").read_text() == "my data " * 1000
     assert machine.kinds() == CARRIED
     assert stat.S_IMODE(machine.cache.stat().st_mode) == 0o700
@@ -268,7 +268,7 @@ def test_temporary_folder_goes_with_a_signal(machine: Machine) -> None:
         wait_until(lambda: b"serving" in p.stdout.readline(), what="the node")
         assert len(os.listdir(machine.temporary)) > 0
         p.terminate()
-        assert p.wait(10) == 0
+        assert p.wait(20) == 0
     assert os.listdir(machine.temporary) == []
 
 
@@ -711,7 +711,7 @@ def back_up(world_path: Path, python: list[str]) -> None:
         assert done.returncode == 0 and "1 of 1 copies good" in done.stdout, done.stderr + log.read_text()
     finally:
         node.terminate()
-    assert node.wait(10) == 0
+    assert node.wait(20) == 0
     assert (world_path / "backups/127.0.0.9/latest/files/bd").read_text() == "my data"
 
 

@@ -81,7 +81,7 @@ def test_readme_first_backup_works_as_written(place: Path) -> None:
         assert "wrote zbackup.pub" in run(script["key"], place)
     finally:
         node.terminate()
-        code = node.wait(10)
+        code = node.wait(20)
     assert code == 0
 
 

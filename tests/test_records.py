@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import zbackup as z
 
-QUICK = settings(max_examples=150, deadline=None)
+QUICK = settings(max_examples=75, deadline=None)
 
 digests = st.binary(min_size=z.DIGEST, max_size=z.DIGEST)
 words = st.text(max_size=30)  # surrogates are not among them

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, make_database, rewrite, uncovered, wait_until
+from conftest import FOLDER, PROGRAM, World, halted, make_database, rewrite
 
 import zbackup
 
@@ -565,48 +565,44 @@ def test_restore_content_of_wrong_length(world: World) -> None:
     assert "4 bytes too short" in done.stderr
 
 
-MANY = random.Random(2).randbytes(4 * MIB)  # the content of each of 120 files
+MANY = random.Random(2).randbytes(2 * MIB)  # the content of each of 6 files
+HOLE = zbackup.Content(zbackup.PUBLISH_BYTES, (zbackup.PUBLISH_BYTES // MIB,))  # so much that it is published at once
 
 
 def interrupt_restore(world: World, number: int) -> tuple[int, str]:
-    """Restore 120 files, with a signal after the first; returns exit code and standard error."""
-    entries: list[tuple[zbackup.Stat, Any]] = []
-    for folder in range(40):
-        entries.append((describe(f"d{folder:02}", "directory"), None))
-        entries += [(describe(f"d{folder:02}/f{i}"), MANY) for i in range(3)]
+    """Restore 7 files, with a signal while the fourth is made; returns exit code and standard error."""
+    entries: list[tuple[zbackup.Stat, Any]] = [(describe("d0", "directory"), None)]
+    entries.append((describe("d0/hole", size=HOLE.size), HOLE))
+    for folder in (1, 2):
+        entries.append((describe(f"d{folder}", "directory"), None))
+        entries += [(describe(f"d{folder}/f{i}"), MANY) for i in range(3)]
     make_snapshot(world.store, entries)
-    command = [sys.executable, str(PROGRAM), "restore", FOLDER, "--to", "restored"]
-    env = uncovered(world.env)
-    with subprocess.Popen(command, cwd=world.path, env=env, stderr=subprocess.PIPE, text=True) as process:
-        back = world.path / "restored"
-        wait_until(lambda: len(list(back.glob("d*/f*"))) > 5 or process.poll() is not None, what="the first files")
-        assert process.poll() is None, "it was quicker than the signal"
+    with halted(world, "os.utime", 4, "restore", FOLDER, "--to", "restored") as process:
+        assert len(list((world.path / "restored").rglob(zbackup.TEMPORARY + "*"))) == 3
         process.send_signal(number)
-        return process.wait(20), process.communicate()[1]
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_restore_killed_leaves_no_half_file(world: World, number: int) -> None:
     code, said = interrupt_restore(world, number)
     back = world.path / "restored"
-    whole = list(back.glob("d*/f*"))
-    assert 0 < len(whole) < 120
-    assert all(path.read_bytes() == MANY for path in whole)
+    (whole,) = back.glob("d*/[fh]*")
+    assert (whole.name, whole.stat().st_size, whole.stat().st_mtime_ns) == ("hole", HOLE.size, NOON)
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:
         assert (code, said) == (130, "zbackup: interrupted\n")
         assert list(back.rglob(zbackup.TEMPORARY + "*")) == []
     world.restore("--overwrite")
-    assert len(list(back.glob("d*/f*"))) == 120
+    assert [path.read_bytes() == MANY for path in back.glob("d*/f*")] == [True] * 6
 
 
 def test_restore_again_removes_what_a_killed_run_left(world: World) -> None:
-    for _ in range(3):  # the signal may come between two files
-        interrupt_restore(world, signal.SIGKILL)
-        if list((world.path / "restored").rglob(zbackup.TEMPORARY + "*")):
-            break
-        shutil.rmtree(world.path / "restored")
+    interrupt_restore(world, signal.SIGKILL)
+    assert list((world.path / "restored").rglob(zbackup.TEMPORARY + "*"))
     back = world.restore("--overwrite")
     assert list(back.rglob(zbackup.TEMPORARY + "*")) == []
 

@@ -34,7 +34,7 @@ from hypothesis.stateful import (
 
 import zbackup as z
 
-EXAMPLES = int(os.environ.get("ZBACKUP_STATEFUL_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("ZBACKUP_STATEFUL_EXAMPLES", "30"))
 START = 1_800_000_000 * 10**9  # ns
 SECOND, DAY = 10**9, 86400 * 10**9  # ns
 NODES = ("one", "two")

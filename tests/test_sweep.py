@@ -24,7 +24,7 @@ from typing import Any, Callable
 
 import pytest
 import zmq
-from conftest import PROGRAM, Process, World, wait_until
+from conftest import AT_ONCE, PROGRAM, Process, World, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_wire import make_program
@@ -568,7 +568,7 @@ def test_schedule_until_a_signal(small: World, number: int, code: int) -> None:
     wait_until(lambda: server.output.count("sweep of") == 2, what="two sweeps")
     began = time.monotonic()
     assert server.stop(number) == code
-    assert time.monotonic() - began < 1 and "Traceback" not in server.output
+    assert time.monotonic() - began < AT_ONCE and "Traceback" not in server.output
     assert len(small.listed("127.0.0.9")) == 2
 
 
@@ -598,7 +598,7 @@ def test_signal_while_probing(small: World) -> None:
         time.sleep(0.3)
         began = time.monotonic()
         assert server.stop(signal.SIGINT) == 130
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < AT_ONCE
     assert "Traceback" not in server.output and "interrupted" in server.output
 
 
@@ -611,20 +611,20 @@ def find_incoming(store: Path) -> int:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_the_middle_of_a_copy(world: World, number: int) -> None:
     (world.files / "a").write_text("small")
-    (world.files / "big").write_bytes(os.urandom(120 << 20))
+    (world.files / "big").write_bytes(os.urandom(64 << 20))
     node = world.node()
     server = world.server("--window", "1MiB")
-    wait_until(lambda: find_incoming(world.store) > 10 << 20, what="some bytes")
+    wait_until(lambda: find_incoming(world.store) > 6 << 20, what="some bytes")
     node.process.send_signal(signal.SIGSTOP)  # now it cannot be done before the signal
     began = time.monotonic()
     assert server.stop(number) == 130
-    assert time.monotonic() - began < 3 and "Traceback" not in server.output
+    assert time.monotonic() - began < AT_ONCE and "Traceback" not in server.output
     node.process.send_signal(signal.SIGCONT)
     rows = world.listed("127.0.0.9")
     assert [(row["GRADE"], row["NOTE"]) for row in rows] == [("partial", "cut off: interrupted")]
     assert find_incoming(world.store) == 0
     report = world.sweep()
-    assert report["nodes"][0]["snapshot"]["sent"] < 112 << 20
+    assert report["nodes"][0]["snapshot"]["sent"] < 60 << 20
     assert (world.restore() / "files/big").read_bytes() == (world.files / "big").read_bytes()
 
 
@@ -772,11 +772,13 @@ def replace_path(path: bytes) -> bytes:
     return make_line("PATH").replace(b'"PATH"', path)
 
 
+# How long a node may be silent; a handshake, too, takes long where 60 of them share a busy machine.
+PATIENT = ("--answer-timeout", "4s", "--freeze-timeout", "4s")
 FIRST: dict[str, tuple[dict[str, Callable[..., Answer]], str]] = {
-    "working without end": ({"OPEN": lambda *_: "WORKING"}, "still working after 1 s"),
-    "working in READ": ({"READ": lambda *_: "WORKING"}, "still working after 1 s"),
-    "silence after OPEN": ({"LIST": lambda *_: None}, "did not answer within 1 s"),
-    "silence at READ": ({"READ": lambda *_: None}, "did not answer within 1 s"),
+    "working without end": ({"OPEN": lambda *_: "WORKING"}, "still working after 4 s"),
+    "working in READ": ({"READ": lambda *_: "WORKING"}, "still working after 4 s"),
+    "silence after OPEN": ({"LIST": lambda *_: None}, "did not answer within 4 s"),
+    "silence at READ": ({"READ": lambda *_: None}, "did not answer within 4 s"),
     "wrong digest": ({"READ": one_item("whole", b"h0nest")}, "do not have the digest"),
     "short": ({"READ": one_item("whole", b"hone")}, "fewer bytes than its answer"),
     "same without base": ({"READ": one_item("same")}, "called a chunk the same"),
@@ -872,7 +874,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, 
         (world.files / "one").write_bytes(os.urandom(3 << 20))
         for name, (answers, _) in SECOND.items():
             fakes[name].answers = {"LIST": list_lines(make_line("a", len(CHANGED), inode=2)), **answers}
-        flags = ("--answer-timeout", "1s", "--freeze-timeout", "1s", "--jobs", "60")
+        flags = (*PATIENT, "--jobs", "60")
         report = world.sweep("--range", f"9,20-{19 + len(fakes)}", *flags, code=None)
         yield world, report
     finally:
@@ -1280,7 +1282,7 @@ def sweep_against(world: World, fake: FakeNode) -> int:
             str(PROGRAM),
             *world.server_flags("--freeze-timeout", "1s", "--answer-timeout", "1s"),
         ]
-        done = subprocess.run(command, cwd=world.path, env=world.env, capture_output=True, timeout=4, preexec_fn=limit)
+        done = subprocess.run(command, cwd=world.path, env=world.env, capture_output=True, timeout=60, preexec_fn=limit)
     assert b"Traceback" not in done.stderr
     return done.returncode
 

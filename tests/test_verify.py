@@ -312,7 +312,7 @@ def test_small_store_has_all_that_a_store_may_have(trial: Trial) -> None:
     assert trial.verify()[0] == 0
 
 
-@pytest.mark.parametrize("kind, most", [("packs", 500), ("others", 400), ("latest", 120), ("index", 250)])
+@pytest.mark.parametrize("kind, most", [("packs", 250), ("others", 200), ("latest", 60), ("index", 120)])
 def test_every_damaged_byte_is_found(trial: Trial, kind: str, most: int) -> None:
     """One bit turned, all bits turned, removed, cut off there: found, and what it harms is named, no more and no less.
 
@@ -600,7 +600,7 @@ def test_verify_runs_beside_a_sweep(world: World) -> None:
     assert len(codes) > 3
     assert set(codes) == {(0, "", "")}
     assert json.loads(world.run("verify", "--json").stdout)["index"] == ""
-    wait_until(lambda: len(world.listed(FOLDER)) == 4, 5, "the snapshots")
+    wait_until(lambda: len(world.listed(FOLDER)) == 4, what="the snapshots")
 
 
 # ---- what cannot be read here, or may not be written ----

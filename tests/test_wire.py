@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import zmq
-from conftest import PROGRAM, Process, World, make_database, wait_until
+from conftest import AT_ONCE, PROGRAM, Process, World, make_database, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -229,18 +229,18 @@ def test_silent_node_ends_the_wait(wire: Wire) -> None:
         with pytest.raises(NodeError, match="did not answer within 0.5 s") as caught:
             ask(peer, 0.5)
         assert caught.value.code == "silent"
-        assert 0.5 <= time.monotonic() - started < 1.5
+        assert 0.5 <= time.monotonic() - started < AT_ONCE
 
 
 def test_working_keeps_the_wait_alive(wire: Wire) -> None:
     def work(node: FakeNode, frames: list[bytes], question: dict[str, Any]) -> None:
-        for _ in range(6):
+        for _ in range(10):
             node.say(frames[0], WORKING, question["number"])
             time.sleep(0.2)
         node.say(frames[0], LIST, question["number"])
 
     with talking(wire, work) as (_, peer):
-        assert [message.kind for message in ask(peer, 0.6)] == [LIST]
+        assert [message.kind for message in ask(peer, 1.5)] == [LIST]
 
 
 def test_working_is_not_believed_for_ever(wire: Wire) -> None:
@@ -252,7 +252,7 @@ def test_working_is_not_believed_for_ever(wire: Wire) -> None:
         started = time.monotonic()
         with pytest.raises(NodeError, match="still working after 1 s"):
             ask(peer, 0.5, longest=1.0)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < AT_ONCE
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -319,7 +319,7 @@ def test_node_that_was_killed_is_noticed_at_once(world: World, wire: Wire) -> No
         started = time.monotonic()
         with pytest.raises(NodeError, match="connection to the node was lost"):
             peer.step(30, 30)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < AT_ONCE
     finally:
         peer.close()
 
@@ -342,7 +342,7 @@ def test_stop_interrupts_a_wait(wire: Wire) -> None:
         started = time.monotonic()
         with pytest.raises(Interrupted):
             ask(peer, 30)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < AT_ONCE
 
 
 def test_window_bounds_what_is_asked_for(wire: Wire) -> None:
@@ -846,14 +846,14 @@ def test_node_at_an_ipv6_address(world: World) -> None:
 def test_busy_port(world: World) -> None:
     with socket.create_server(("127.0.0.9", world.port)):
         node = world.node(wait=False)
-        assert node.process.wait(10) == 1
+        assert node.process.wait(20) == 1
     assert node.output.count("\n") == 1
     assert f"port {world.port} is in use" in node.output
 
 
 def test_address_of_another_machine(world: World) -> None:
     node = world.node(address="no-such-host.invalid", wait=False)
-    assert node.process.wait(10) == UsageError.exit_code
+    assert node.process.wait(20) == UsageError.exit_code
     assert "cannot listen" in node.output
 
 
@@ -876,7 +876,7 @@ def test_address_that_is_there_only_later(world: World, monkeypatch: pytest.Monk
 def test_second_node_with_the_same_state_refused(world: World) -> None:
     first = world.node()
     second = world.node(wait=False)
-    assert second.process.wait(10) == 1
+    assert second.process.wait(20) == 1
     assert "another node runs" in second.output
     first.kill()
     world.node()
@@ -905,7 +905,7 @@ def test_more_servers_than_sessions(world: World, client: Client) -> None:
     assert other.error(OPEN) == "busy"
     assert other.ask(HELLO).kind == HELLO
     client.ask(CLOSE)
-    wait_until(lambda: other.ask(OPEN).kind == OPEN, 5, "a free session")
+    wait_until(lambda: other.ask(OPEN).kind == OPEN, what="a free session")
     other.ask(CLOSE)
     other.close()
     check_honest(world, node)
@@ -917,7 +917,7 @@ def test_server_that_went_away(world: World, client: Client) -> None:
     )
     client.ask(OPEN)
     client.close()
-    wait_until(lambda: (world.path / "after").exists(), 5, "--after")
+    wait_until(lambda: (world.path / "after").exists(), what="--after")
     assert "went away in the middle of a copy" in node.output
     check_honest(world, node)
     assert (world.path / "after").read_text() == "done\ndone\n"
@@ -926,8 +926,8 @@ def test_server_that_went_away(world: World, client: Client) -> None:
 def test_failing_after_of_a_server_that_went_away_is_said(world: World, client: Client) -> None:
     node = world.node("--session-timeout", "0.3s", "--before", "true", "--after", "touch after; echo broken; exit 3")
     client.ask(OPEN)
-    wait_until(lambda: (world.path / "after").exists(), 5, "--after")
-    wait_until(lambda: "broken" in node.output, 1, "the word about it")
+    wait_until(lambda: (world.path / "after").exists(), what="--after")
+    wait_until(lambda: "broken" in node.output, what="the word about it")
 
 
 def test_hooks_run_around_a_copy(world: World) -> None:
@@ -952,7 +952,7 @@ def test_failing_before_is_reported_with_its_output(world: World, client: Client
     report = world.sweep(code=1)
     assert "--before ended with code 3: no disk" in report["nodes"][0]["error"]
     client.ask(CLOSE)
-    wait_until(lambda: (world.path / "log").exists(), 5, "--after")
+    wait_until(lambda: (world.path / "log").exists(), what="--after")
     assert "Traceback" not in node.output
 
 
@@ -975,10 +975,10 @@ def test_signal_ends_a_node_at_once(world: World, client: Client, number: int, c
         assert client.receive() is not None
     started = time.monotonic()
     assert node.stop(number) == code
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < AT_ONCE
     assert "Traceback" not in node.output
     if not busy:
-        wait_until(lambda: (world.path / "after").exists(), 5, "--after")
+        wait_until(lambda: (world.path / "after").exists(), what="--after")
 
 
 def test_after_is_run_when_a_node_is_stopped_during_before(world: World, client: Client) -> None:
@@ -986,7 +986,7 @@ def test_after_is_run_when_a_node_is_stopped_during_before(world: World, client:
     client.send(OPEN)
     assert client.socket.poll(5000), "WORKING"
     node.stop()
-    wait_until(lambda: (world.path / "after").exists(), 2.5, "--after")
+    wait_until(lambda: (world.path / "after").exists(), what="--after")
 
 
 @contextlib.contextmanager
@@ -1006,7 +1006,7 @@ def test_spool_emptied_after_kill(world: World, client: Client) -> None:
         node = world.node()
         client.ask(OPEN)
         client.send(READ, files=[{"path": "files/bd", "state": []}])
-        wait_until(lambda: os.listdir(spool), 5, "a frozen copy")
+        wait_until(lambda: os.listdir(spool), what="a frozen copy")
         node.kill()
     assert os.listdir(spool)
     node = world.node()
