@@ -4585,32 +4585,32 @@ def split_record(fd: int, record: Record) -> list[bytes]:
     return [raw[start:end] for start, end in zip(record.starts, record.starts[1:])]
 
 
-def list_sound(fd: int, record: Record) -> Iterator[tuple[bytes, tuple[Run, ...]]]:
-    """Yield what is whole in a record: the digests of chunks that their bytes prove, patches with their runs."""
+def list_sound(fd: int, record: Record) -> Iterator[tuple[int, bytes, tuple[Run, ...]]]:
+    """Yield place and digest of what is whole in a record: chunks that their bytes prove, patches with their runs."""
     for number, data in enumerate(split_record(fd, record)):
         digest = record.rows[number][0]
         if record.kind == FRAME:
             pages = hash_pages(data)
             if digest_pages(pages) == digest and pages == record.pages(number):
-                yield digest, ()
+                yield number, digest, ()
         else:
             with contextlib.suppress(FormatError):
-                yield digest, decode_patch(data)
+                yield number, digest, decode_patch(data)
 
 
-def _read_pack(reader: Reader, path: str) -> tuple[str, int, set[tuple[bytes, int]], list[bytes]]:
-    """Return a pack's digest, size, digests and records that are whole, and patches that give nothing any more."""
+def _read_pack(reader: Reader, path: str) -> tuple[str, int, set[tuple[bytes, int, int]], list[bytes]]:
+    """Return a pack's digest, size, rows that are whole, as its index has them, and patches that give nothing."""
     with open(path, "rb") as file:
         fd = file.fileno()
         size = os.fstat(fd).st_size
         proof = hashlib.sha256()
         for data in iter(functools.partial(file.read, CHUNK), b""):
             proof.update(data)
-        whole: set[tuple[bytes, int]] = set()
+        whole: set[tuple[bytes, int, int]] = set()
         broken = []
         for record in scan_records(fd, size):
-            for digest, runs in list_sound(fd, record):
-                whole.add((digest, record.offset))
+            for place, digest, runs in list_sound(fd, record):
+                whole.add((digest, record.offset, place))
                 if record.kind == PATCHES and not reader.gives(digest, runs):
                     broken.append(digest)
     return proof.hexdigest(), size, whole, broken
@@ -4635,7 +4635,7 @@ def verify_pack(reader: Reader, name: str, path: str) -> PackCheck:
         problem = "" if proof == name else "its bytes are not those that it was named after"
     except FormatError as error:
         held, problem = reader.index.list_rows(name), str(error)
-    bad = [digest for digest, offset, _ in held if (digest, offset) not in whole]
+    bad = [row[0] for row in held if row not in whole]
     if bad and not problem:
         problem = "it holds what it should not"
     return PackCheck(name, size, problem, (*bad, *broken))

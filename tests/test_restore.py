@@ -569,16 +569,20 @@ MANY = random.Random(2).randbytes(2 * MIB)  # the content of each of 6 files
 HOLE = zbackup.Content(zbackup.PUBLISH_BYTES, (zbackup.PUBLISH_BYTES // MIB,))  # so much that it is published at once
 
 
-def interrupt_restore(world: World, number: int) -> tuple[int, str]:
-    """Restore 7 files, with a signal while the fourth is made; returns exit code and standard error."""
+def interrupt_restore(world: World, number: int, event: str = "os.utime", count: int = 5) -> tuple[int, str]:
+    """Restore 8 files, with a signal before something is done for the `count`th time.
+
+    The first two are of a size that makes it sync: the first one has its name when the third is made.
+    Returns exit code and standard error.
+    """
     entries: list[tuple[zbackup.Stat, Any]] = [(describe("d0", "directory"), None)]
-    entries.append((describe("d0/hole", size=HOLE.size), HOLE))
+    entries += [(describe(f"d0/hole{i}", size=HOLE.size), HOLE) for i in range(2)]
     for folder in (1, 2):
         entries.append((describe(f"d{folder}", "directory"), None))
         entries += [(describe(f"d{folder}/f{i}"), MANY) for i in range(3)]
     make_snapshot(world.store, entries)
-    with halted(world, "os.utime", 4, "restore", FOLDER, "--to", "restored") as process:
-        assert len(list((world.path / "restored").rglob(zbackup.TEMPORARY + "*"))) == 3
+    with halted(world, event, count, "restore", FOLDER, "--to", "restored") as process:
+        assert list((world.path / "restored").rglob(zbackup.TEMPORARY + "*"))
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
         _, said = process.communicate(timeout=60)
@@ -590,7 +594,7 @@ def test_restore_killed_leaves_no_half_file(world: World, number: int) -> None:
     code, said = interrupt_restore(world, number)
     back = world.path / "restored"
     (whole,) = back.glob("d*/[fh]*")
-    assert (whole.name, whole.stat().st_size, whole.stat().st_mtime_ns) == ("hole", HOLE.size, NOON)
+    assert (whole.name, whole.stat().st_size, whole.stat().st_mtime_ns) == ("hole0", HOLE.size, NOON)
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL
     else:
@@ -598,6 +602,13 @@ def test_restore_killed_leaves_no_half_file(world: World, number: int) -> None:
         assert list(back.rglob(zbackup.TEMPORARY + "*")) == []
     world.restore("--overwrite")
     assert [path.read_bytes() == MANY for path in back.glob("d*/f*")] == [True] * 6
+
+
+def test_restore_interrupted_while_files_get_their_names(world: World) -> None:
+    assert interrupt_restore(world, signal.SIGINT, "os.link", 4) == (130, "zbackup: interrupted\n")
+    back = world.path / "restored"
+    assert len(list(back.glob("d*/[fh]*"))) == 3
+    assert list(back.rglob(zbackup.TEMPORARY + "*")) == []
 
 
 def test_restore_again_removes_what_a_killed_run_left(world: World) -> None:

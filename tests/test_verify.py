@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import os
@@ -810,3 +811,22 @@ def test_wrong_index_is_noticed_and_made_anew(small: World, what: str) -> None:
         small.run("repair")
     code, report = verify(small.store)
     assert (code, report["index"]) == (0, "")
+
+
+def test_row_that_bears_the_digest_of_another_is_found(tmp_path: Path) -> None:
+    """The index leads to each of them, and to read either must give the chunk."""
+    short, long = os.urandom(300), os.urandom(10_000)
+    digest = z.digest_pages(z.hash_pages(short))
+    rows = [(digest, len(short)), (digest, len(long))]
+    hashes = z.hash_pages(short) + z.hash_pages(long)
+    body = z.PACK_HEADER
+    body += z.encode_record(z.FRAME, rows, hashes, (z.PLAIN, 10_300, short + long))
+    body += z.encode_footer([(len(z.PACK_HEADER), z.FRAME, [digest, digest])], len(body))
+    name = hashlib.sha256(body).hexdigest()
+    (tmp_path / name[:2]).mkdir()
+    path = tmp_path / name[:2] / f"{name}.pack"
+    path.write_bytes(body)
+    reader = z.Reader(str(tmp_path), z.Index(":memory:"))
+    found = z.verify_pack(reader, name, str(path))
+    assert (found.problem, found.bad) == ("it holds what it should not", (digest,))
+    reader.close()
