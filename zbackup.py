@@ -7621,7 +7621,10 @@ class Reading:
         """Read; returns the content, or None where there is none or the file changed."""
         self.intake.current = self._current
         self._ask_next()
-        self._wait()
+        if self.slot.old or not self.intake.has_before:  # else what is said of the first chunk decides how to ask
+            self._ask_ahead()
+        while self._owed and not self._content:
+            self.intake.step()
         while self._content and not self._over and self.chunks.count < self._total:
             if self._again:
                 self._ask(self._again.popleft())
@@ -7640,6 +7643,17 @@ class Reading:
     @property
     def _total(self) -> int:
         return count_chunks(self._content.size) if self._content else 0
+
+    def _ask_ahead(self) -> None:
+        """Ask for what the listing says is there, before the first answer: it may be one of many files of this size."""
+        listed = count_chunks(self.slot.stat.size)
+        while not self._content and self._owed and self._next < listed and not self._finder.is_undecided(self._next):
+            self._ask_next()
+
+    @property
+    def _is_whole(self) -> bool:
+        """Tell whether all is there; what was asked for beyond it, as the file was listed, has only its end."""
+        return self._content is not None and self.chunks.count >= max(1, self._total)
 
     def _describe(self) -> Content:
         whole = self._content or NOTHING
@@ -7698,7 +7712,7 @@ class Reading:
         self._ready[number] = got
         if isinstance(got.chunk, int):
             self._next = max(self._next, number + got.chunk)
-        while not self._over and self.chunks.count in self._ready:
+        while not self._over and self.chunks.count in self._ready and not self._is_whole:
             self._put(self.chunks.count, self._ready.pop(self.chunks.count))
 
     def _look(self, got: Got) -> None:

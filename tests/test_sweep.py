@@ -1026,7 +1026,8 @@ def test_node_tells_of_what_moved(world: World) -> None:
         world.sweep("--no-latest")
         fake.answers = serve_chunks(LATER, watch)
         world.sweep("--no-latest")
-    assert needed == [None] * 3 + [True, [[0, 1]], True, True]  # nothing is asked for twice at the first copy
+    assert needed[:3] == [None] * 3  # nothing is asked for twice at the first copy
+    assert sorted(needed[3:], key=str) == [True, True, True, [[0, 1]]]
     assert (world.restore() / "a").read_bytes() == LATER
 
 
