@@ -204,7 +204,7 @@ PLANTED = {  # target, what stands in zbackup.py, what is put in its place
     "an exception that is not ours": ("record", "except (struct.error, IndexError):", "except struct.error:"),
     "a digest that is not checked": ("reply", "if digest not in (None, found):", "if not found:"),
     "a size that does not bound": ("codec", "decoder.decompress(data, size + 1)", "decoder.decompress(data)"),
-    "a form that is not checked": ("listing", 'if canonical != line or b"\\0" in stat.target:', "if False:"),
+    "a form that is not checked": ("listing", "if canonical != line or stat.kind", "if False and stat.kind"),
 }
 
 

@@ -40,7 +40,7 @@ from attack import (
     swapped,
     watched,
 )
-from conftest import Process, World, wait_until
+from conftest import Process, World, uncovered, wait_until
 from test_sweep import (
     CHANGED,
     FIRST,
@@ -137,6 +137,7 @@ def make_nodes(world: World, *flags: str) -> dict[str, Process]:
 @pytest.fixture(scope="module")
 def storm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storm]:
     world = World(tmp_path_factory.mktemp("storm"))
+    world.env = uncovered(world.env)  # quicker; other tests reach the same lines
     made = Storm(world, make_nodes(world, "--handshake-timeout", "2s"))
     before = {role: count_descriptors(node) for role, node in made.nodes.items()}
     try:
@@ -629,6 +630,7 @@ IMPATIENT = ("--answer-timeout", "1s", "--freeze-timeout", "1s")
 def attack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attack]:
     """A sweep over an honest node of each kind and all that are hostile, each of which has a key."""
     world = World(tmp_path_factory.mktemp("attack"))
+    world.env = uncovered(world.env)  # quicker; other tests reach the same lines
     make_nodes(world)
     key = world.key()
     fakes = {
@@ -810,6 +812,7 @@ SERVICES_AT = {name: f"127.0.0.{40 + i}" for i, name in enumerate(SERVICES)}
 def misled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attack]:
     """A sweep over honest nodes, and services that are none."""
     world = World(tmp_path_factory.mktemp("misled"))
+    world.env = uncovered(world.env)  # quicker; other tests reach the same lines
     make_nodes(world)
     with contextlib.ExitStack() as held:
         held.callback(world.close)
@@ -870,6 +873,7 @@ WISHES_AT = {wish: f"127.0.0.{60 + i}" for i, wish in enumerate(WISHES)}
 def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attack]:
     """A sweep over honest nodes, one of them known as `laptop`, and others that say strange things of themselves."""
     world = World(tmp_path_factory.mktemp("named"))
+    world.env = uncovered(world.env)  # quicker; other tests reach the same lines
     make_nodes(world, "--folder", "laptop")
     world.sweep("--range", "9-10")
     key = world.key()
