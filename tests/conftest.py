@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "alone: measures memory or time; not run beside other tests")
+    config.addinivalue_line("markers", "alone: fills a table of the kernel; not run beside other tests")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         # A shell that starts the tests in the background (`tests/run.sh &`) tells them to ignore Ctrl-C, and each
         # process that they start would inherit that: what a test sends it would then do nothing.

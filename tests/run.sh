@@ -17,7 +17,7 @@ if [ $# -gt 0 ]; then
     exec "$venv/bin/python" -m pytest "$@"
 fi
 rm -f .coverage .coverage.*
-# In two lots: what measures memory and time must have the machine to itself.
+# In two lots: what fills a table of the kernel, which all tests share, must have the machine to itself.
 # worksteal: a process is given neighbours, which share what their module has made.
 lot() { "$venv/bin/python" -m coverage run -m pytest -q -rs --timeout 300 -m "not alone" "$@" tests; }
 code=0

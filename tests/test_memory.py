@@ -8,10 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from conftest import World
+from conftest import World, uncovered
 
-pytestmark = pytest.mark.alone
 LIMIT = 150 << 20  # bytes, of each role
 GIB = 1 << 30
 
@@ -43,6 +41,7 @@ def sweep_measured(world: World) -> int:
 
 
 def test_memory_of_large_files(world: World) -> None:
+    world.env = uncovered(world.env)  # whose memory would be measured, too
     with open(world.files / "sparse", "wb") as sparse:
         sparse.truncate(2 * GIB)
         sparse.seek(GIB + 12345)
@@ -62,6 +61,7 @@ def test_memory_of_large_files(world: World) -> None:
 
 
 def test_memory_of_many_files(world: World) -> None:
+    world.env = uncovered(world.env)
     for folder in range(40):
         place = world.files / str(folder)
         place.mkdir()
