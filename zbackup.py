@@ -5840,8 +5840,9 @@ class Check:
 
     def close(self) -> None:
         """End it, wherever it is."""
-        self._connection.interrupt()
-        self._thread.join()
+        while self._thread.is_alive():  # it may not have begun: then there is nothing to be interrupted yet
+            self._connection.interrupt()
+            self._thread.join(0.02)
         with self._lock:
             self._connection.close()
 
