@@ -496,6 +496,21 @@ def hash_pages(data: bytes | memoryview) -> bytes:
     return b"".join([sha256(view[i : i + PAGE]).digest()[:PAGE_HASH] for i in range(0, len(view), PAGE)])
 
 
+def find_stretches(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
+    """Yield first page and end of each stretch of pages that are not what they were, by their hashes."""
+    first = None
+    for number in range(len(new) // PAGE_HASH):
+        at = slice(number * PAGE_HASH, (number + 1) * PAGE_HASH)
+        if old[at] == new[at]:
+            if first is not None:
+                yield first, number
+            first = None
+        elif first is None:
+            first = number
+    if first is not None:
+        yield first, len(new) // PAGE_HASH
+
+
 def cut_needles(data: bytes | memoryview) -> bytes:
     """Return the first bytes of the pages of `data`, joined: NEEDLE of each, fewer of a last page that is shorter."""
     view = memoryview(data)
@@ -834,6 +849,12 @@ def decode_content(data: bytes) -> Content:
         error=fields.text("error", ""),
         xattrs={name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values},
     )
+
+
+# What an entry says, found without decoding it.
+KIND_TOLD = re.compile(rb'","kind":"(\w+)"')
+SIZE_TOLD = re.compile(rb'\{"size":(\d+)')
+GRADE_TOLD = re.compile(rb'"grade":"(\w+)"')
 
 
 @dataclass(frozen=True)
@@ -4709,7 +4730,7 @@ class Harm(TemporaryTable):
             entries = []
         for entry in entries:
             failed = b'"error"' in entry.line or b'"error"' in entry.read
-            grade = re.search(rb'"grade":"(\w+)"', entry.read)
+            grade = GRADE_TOLD.search(entry.read)
             grades.append("partial" if failed else grade[1].decode() if grade else "")
             missing = self._find_missing(list_named(entry))
             if b'"lists"' in entry.read:
@@ -5305,6 +5326,11 @@ class Exclude:
         return excluded
 
 
+def list_state(found: os.stat_result) -> list[int]:
+    """Return what Stat.state has of a file that is no database with a log."""
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
 class Spool:
     """The folder of frozen copies, and the lock that all sessions of a node share."""
 
@@ -5461,8 +5487,11 @@ class Source:
             return replace(stat, rdev=found.st_rdev)
         return stat
 
+    def is_young(self, moment: int, least: float = 0.0) -> bool:
+        """Tell whether a time (ns) is less than --margin, or `least` (s), ago: within it, a change need not show."""
+        return moment > self.clock.now() - int(max(self.settings.margin, least) * 1e9)
+
     def _file_stat(self, path: bytes, owned: tuple[int, int, int, str, str], found: os.stat_result) -> Stat:
-        young = self.clock.now() - int(self.settings.margin * 1e9)
         return Stat(
             path,
             "file",
@@ -5474,7 +5503,7 @@ class Source:
             links=found.st_nlink,
             device=found.st_dev if found.st_nlink > 1 else 0,
             sparse=found.st_size > PAGE and found.st_blocks * 512 < found.st_size,
-            fresh=max(found.st_mtime_ns, found.st_ctime_ns) > young,
+            fresh=self.is_young(max(found.st_mtime_ns, found.st_ctime_ns)),
             error="is larger than 64 TiB, which no snapshot can hold" if found.st_size > FILE_LIMIT else "",
         )
 
@@ -5537,8 +5566,8 @@ class Source:
             return replace(stat, database=True)
         if not wal.st_size:
             return replace(stat, database=True)
-        young = wal.st_mtime_ns > self.clock.now() - int(self.settings.margin * 1e9)
-        return replace(stat, database=True, wal=(wal.st_size, wal.st_mtime_ns), fresh=stat.fresh or young)
+        fresh = stat.fresh or self.is_young(wal.st_mtime_ns)
+        return replace(stat, database=True, wal=(wal.st_size, wal.st_mtime_ns), fresh=fresh)
 
 
 def _look(source: Source, path: bytes, tries: int = PATIENCE) -> tuple[Stat | None, list[bytes]]:
@@ -5601,15 +5630,15 @@ def scan(source: Source) -> Iterator[Stat]:
 IMMUTABLE, READONLY, RECOVER = "immutable=1", "mode=ro", ""  # ways to read a database
 
 
-def _stat_or_none(path: str) -> tuple[int, ...] | None:
+def _stat_or_none(path: str) -> list[int] | None:
     try:
         found = os.stat(path)
     except FileNotFoundError:
         return None
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return list_state(found)
 
 
-def stat_database(path: str) -> list[tuple[int, ...] | None]:
+def stat_database(path: str) -> list[list[int] | None]:
     """Return size, times and inode of a database and of its log and journal."""
     return [_stat_or_none(path + end) for end in ("", "-wal", "-journal")]
 
@@ -5897,17 +5926,8 @@ def compare_pages(pages: bytes, base: bytes, length: int, part: int = 2) -> list
 
     None when more than a `part`-th of the `length` bytes do: then there is something better to send.
     """
-    count = len(pages) // PAGE_HASH
-    runs: list[list[int]] = []
-    changed = 0
-    for i in range(count):
-        at = i * PAGE_HASH
-        if pages[at : at + PAGE_HASH] != base[at : at + PAGE_HASH]:
-            changed += 1
-            if runs and runs[-1][0] + runs[-1][1] == i:
-                runs[-1][1] += 1
-            else:
-                runs.append([i, 1])
+    runs = [[first, end - first] for first, end in find_stretches(base, pages)]
+    changed = sum(count for _, count in runs)
     return runs if changed * PAGE * part <= max(length, part * PAGE) or not changed else None
 
 
@@ -5969,7 +5989,7 @@ class Files:
             found = os.fstat(fd)
             if not stat_bits.S_ISREG(found.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "no longer a file")
-            if stat.state != [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]:
+            if stat.state != list_state(found):
                 stat = self.source.stat(stat.path, found)
             handle = Handle(stat.path, fd, stat, found.st_size, "stable", list_xattrs(fd))
             return self._clone(handle, found.st_dev, folder)
@@ -5995,8 +6015,7 @@ class Files:
 
     def _open_at_rest(self, stat: Stat, folder: int, name: bytes) -> Handle | None:
         """Return a handle of a database itself where nobody writes it: a change would show in its times."""
-        young = self.source.clock.now() - int(max(self.source.settings.margin, MARGIN) * 1e9)
-        if stat.wal or max(stat.mtime, stat.ctime) > young:
+        if stat.wal or self.source.is_young(max(stat.mtime, stat.ctime), MARGIN):
             return None
         lock = self.source.spool.sqlite
         with lock:
@@ -6134,15 +6153,14 @@ class Files:
         except OSError as error:
             if error.errno != errno.ENXIO:
                 return 0
-            return -(-handle.size // CHUNK) - offset // CHUNK  # a hole up to the end
+            return count_chunks(handle.size) - offset // CHUNK  # a hole up to the end
         return data // CHUNK - offset // CHUNK
 
     @staticmethod
     def _state(handle: Handle) -> list[int]:
         if handle.grade == "frozen":
             return handle.stat.state
-        found = os.fstat(handle.fd)
-        return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        return list_state(os.fstat(handle.fd))
 
 
 # ---- answering ----
@@ -7455,12 +7473,6 @@ class Receiver:
         return bytes(pages)
 
 
-# What an entry says, found without decoding it.
-KIND_TOLD = re.compile(rb'","kind":"(\w+)"')
-SIZE_TOLD = re.compile(rb'\{"size":(\d+)')
-GRADE_TOLD = re.compile(rb'"grade":"(\w+)"')
-
-
 class Tally:
     """Counts what a pull does; each field is one of Totals."""
 
@@ -8398,21 +8410,6 @@ def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> No
         raise StoreError(f"the chunks of the file have {at} bytes, not {content.size}")
     if filled < at:
         os.ftruncate(fd, at)  # a hole at the end
-
-
-def find_stretches(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
-    """Yield first page and end of each stretch of pages that are not what they were, by their hashes."""
-    first = None
-    for number in range(len(new) // PAGE_HASH):
-        at = slice(number * PAGE_HASH, (number + 1) * PAGE_HASH)
-        if old[at] == new[at]:
-            if first is not None:
-                yield first, number
-            first = None
-        elif first is None:
-            first = number
-    if first is not None:
-        yield first, len(new) // PAGE_HASH
 
 
 def _read_stretches(reader: Reader, old: bytes, new: bytes, length: int) -> list[tuple[int, bytes]]:
