@@ -95,6 +95,7 @@ import functools
 import hashlib
 import itertools
 import json
+import operator
 import os
 import re
 import stat as stat_bits
@@ -723,26 +724,40 @@ class Stat:
         return (self.device, self.inode) if self.links > 1 and self.kind == "file" else None
 
 
+RARE = ("target", "device", "rdev", "sparse", "database", "wal", "fresh", "xattrs", "error")  # in their order
+RARE_VALUES = operator.attrgetter(*RARE)
+
+
+@functools.lru_cache(maxsize=1000)
+def _encode_owner(uid: int, gid: int, user: str, group: str) -> str:
+    return f',"uid":{uid},"gid":{gid},"user":{write_json(user)},"group":{write_json(group)}'
+
+
+def _encode_rare(stat: Stat) -> str:
+    """Return what few paths have, each with a comma before it."""
+    rare = RARE_VALUES(stat)
+    if stat.links == 1 and not any(rare):
+        return ""
+    fields = {name: value for name, value in zip(RARE, rare) if value}
+    if stat.target:
+        fields["target"] = encode_path(stat.target)
+    if stat.links != 1:
+        fields["links"] = stat.links
+    return "," + write_json(fields)[1:-1]
+
+
 def encode_stat(stat: Stat) -> bytes:
     """Return the listing line of `stat`, without its end of line.
 
     A JSON object in ASCII; `path` and `kind` come first, what is at its default is left out.
     """
-    fields: dict[str, Any] = {"path": encode_path(stat.path), "kind": stat.kind, "mode": stat.mode}
-    fields.update(uid=stat.uid, gid=stat.gid, user=stat.user, group=stat.group)
+    path, owner = write_json(encode_path(stat.path)), _encode_owner(stat.uid, stat.gid, stat.user, stat.group)
+    line = f'{{"path":{path},"kind":"{stat.kind}","mode":{stat.mode}{owner}'
     if stat.kind == "file":
-        fields.update(size=stat.size, mtime=stat.mtime, ctime=stat.ctime, inode=stat.inode)
+        line += f',"size":{stat.size},"mtime":{stat.mtime},"ctime":{stat.ctime},"inode":{stat.inode}'
     else:
-        fields["mtime"] = stat.mtime
-    if stat.target:
-        fields["target"] = encode_path(stat.target)
-    for name in ("device", "rdev", "sparse", "database", "wal", "fresh", "xattrs", "error"):
-        value = getattr(stat, name)
-        if value:
-            fields[name] = value
-    if stat.links != 1:
-        fields["links"] = stat.links
-    return write_json(fields).encode("ascii")
+        line += f',"mtime":{stat.mtime}'
+    return f"{line}{_encode_rare(stat)}}}".encode("ascii")
 
 
 # The kinds of values in a listing line, and the least and the greatest of the numbers.
@@ -890,6 +905,32 @@ class Entry:
         if not tab:
             raise FormatError("an entry without its content")
         return cls(head, read)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some entries of a snapshot that follow each other, not decoded: the halves of their lines."""
+
+    digest: bytes  # b"" where they are not all that one block of the snapshot has
+    lines: Sequence[bytes]
+    reads: Sequence[bytes]
+
+    @classmethod
+    def decode(cls, digest: bytes, data: bytes) -> Block:
+        """Return the Block in the bytes of a chunk; FormatError where a line has not two halves."""
+        halves = [line.partition(b"\t") for line in data.split(b"\n")[:-1]]
+        if not all(tab for _, tab, _ in halves):
+            raise FormatError("an entry without its content")
+        return cls(digest, [line for line, _, _ in halves], [read for _, _, read in halves])
+
+    def list_entries(self) -> Iterator[Entry]:
+        """Yield its entries."""
+        return map(Entry, self.lines, self.reads)
+
+
+def ends_block(line: bytes) -> bool:
+    """Tell whether a block ends with the entry of a listing line: by chance of its path, one of 256 does."""
+    return zlib.crc32(line[9 : line.index(b'","kind"')]) % 256 == 0
 
 
 def is_at_or_below(path: bytes, folder: bytes) -> bool:
@@ -3294,9 +3335,12 @@ class BlockWriter:
             self._cut()
         self.tail.append(line)
         self._size += len(line)
-        name = entry.line[9 : entry.line.index(b'","kind"')]
-        if zlib.crc32(name) % 256 == 0:  # a block of some 256 entries
+        if ends_block(entry.line):
             self._cut()
+
+    def put_known(self, digest: bytes) -> None:
+        """Add a block that the store has; the last one is over."""
+        self.blocks.append(digest)
 
     def _cut(self) -> None:
         if self.tail:
@@ -3309,23 +3353,30 @@ class BlockWriter:
         return tuple(self.blocks)
 
 
-def list_entries(
-    reader: Reader, blocks: Iterable[bytes], on_damage: Callable[[BackupError], None] | None = None
-) -> Iterator[Entry]:
-    """Yield the entries of a snapshot's blocks, in order.
+OnDamage = Callable[[BackupError], None]
 
-    A block that cannot be read raises StoreError or FormatError; with `on_damage`, that gets the
+
+def list_blocks(reader: Reader, digests: Iterable[bytes], on_damage: OnDamage | None = None) -> Iterator[Block]:
+    """Yield the blocks of a snapshot, in order.
+
+    One that cannot be read raises StoreError or FormatError; with `on_damage`, that gets the
     error, and the next block follows.
     """
-    for digest in blocks:
+    for digest in digests:
         try:
-            entries = [Entry.decode(line) for line in reader.get(digest).split(b"\n")[:-1]]
+            block = Block.decode(digest, reader.get(digest))
         except (StoreError, FormatError) as error:
             if on_damage is None or isinstance(error, FullStore):
                 raise
             on_damage(error)
             continue
-        yield from entries
+        yield block
+
+
+def list_entries(reader: Reader, blocks: Iterable[bytes], on_damage: OnDamage | None = None) -> Iterator[Entry]:
+    """Yield the entries of a snapshot's blocks, in order; `on_damage` as for list_blocks."""
+    for block in list_blocks(reader, blocks, on_damage):
+        yield from block.list_entries()
 
 
 HEX_DIGEST = re.compile(rb'(?<=")[0-9a-f]{64}(?=")')
@@ -3349,31 +3400,28 @@ def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
         yield from load_chunk_list(reader, digest)
 
 
-def list_named(entry: Entry) -> list[bytes]:
+def list_named(read: bytes) -> list[bytes]:
     """Return all digests in the content's half of an entry, not decoded: also what only looks like one."""
-    return [bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(entry.read)]
+    return [bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(read)]
 
 
-def list_present(reader: Reader, entries: Iterator[Entry]) -> Iterator[tuple[Entry, bool]]:
-    """Yield entries, and whether the store has all chunks that each one names.
+def list_lacking(reader: Reader, blocks: Iterator[Block]) -> Iterator[tuple[Block, Set[int]]]:
+    """Yield blocks, and the numbers of those of their entries of whose chunks the store lacks one.
 
     Lists are looked into; what a patch draws from is looked at only where `repair` found it lost.
     """
-    while True:
-        group = list(itertools.islice(entries, 256))
-        if not group:
-            return
-        names = [list_named(entry) for entry in group]
-        for entry, digests in zip(group, names):
-            if b'"lists"' in entry.read:
+    for block in blocks:
+        names = list(map(list_named, block.reads))
+        for read, digests in zip(block.reads, names):
+            if b'"lists"' in read:
                 with contextlib.suppress(StoreError, FormatError):
-                    chunks = list_chunks(reader, entry.content)
+                    chunks = list_chunks(reader, decode_content(read))
                     digests += [chunk for chunk in chunks if isinstance(chunk, bytes)]
-        found = set(reader.index.find([digest for digests in names for digest in digests]))
+        wanted = set(itertools.chain.from_iterable(names))
+        lacking = wanted.difference(reader.index.find(list(wanted)))
         if reader.lost:
-            found = {digest for digest in found if digest not in reader.lost or reader.has(digest)}
-        for entry, digests in zip(group, names):
-            yield entry, all(digest in found for digest in digests)
+            lacking |= {digest for digest in wanted if digest in reader.lost and not reader.has(digest)}
+        yield block, {i for i, digests in enumerate(names) if not lacking.isdisjoint(digests)} if lacking else set()
 
 
 class ListWriter:
@@ -4266,7 +4314,7 @@ class Mark:
 
     def put_entry(self, entry: Entry) -> None:
         """Mark what an entry names."""
-        self.live.put(list_named(entry))
+        self.live.put(list_named(entry.read))
         if b'"lists"' in entry.read:
             for digest in self._opened.put(entry.content.lists):
                 chunks = self._read(self._list_chunks, digest)
@@ -4732,7 +4780,7 @@ class Harm(TemporaryTable):
             failed = b'"error"' in entry.line or b'"error"' in entry.read
             grade = GRADE_TOLD.search(entry.read)
             grades.append("partial" if failed else grade[1].decode() if grade else "")
-            missing = self._find_missing(list_named(entry))
+            missing = self._find_missing(list_named(entry.read))
             if b'"lists"' in entry.read:
                 missing |= self._find_missing_of_lists(entry)
             if missing:
@@ -5318,8 +5366,10 @@ class Exclude:
 
     def matches(self, path: bytes, is_folder: bool) -> bool:
         """Tell whether `path` itself is excluded; the folders above it are asked on their own."""
+        if not self._rules:
+            return False
         excluded = False
-        text = encode_path(path) if self._rules else ""
+        text = encode_path(path)
         for verdict, only_folders, regex in self._rules:
             if excluded != verdict and (is_folder or not only_folders) and regex.fullmatch(text):
                 excluded = verdict
@@ -5376,7 +5426,9 @@ class Source:
         self._root_name = b""  # in the folder that holds it
         self._folders: Folders | None = None
         self._checked: bytes | None = None  # the last folder that a path was checked in
-        self._names: dict[tuple[str, int], str] = {}
+        self._above: bytes | None = None  # the last folder below a root that a parent was asked of, while it is open
+        self._above_fd = -1
+        self._owners: dict[tuple[int, int], tuple[str, str]] = {}
         self._devices: dict[bytes, int] = {}
         self._reals: dict[bytes, bytes] = {}  # of the roots: symlinks above them may be followed
 
@@ -5384,7 +5436,7 @@ class Source:
         """Close all folders."""
         if self._folders:
             self._folders.close()
-        self._root = self._folders = None
+        self._root = self._folders = self._above = None
 
     # -- ways to a path --
 
@@ -5416,13 +5468,21 @@ class Source:
 
     def folder(self, path: bytes) -> int:
         """Return a descriptor of a folder, valid until the next call."""
+        self._above = None
         folders, inside = self._enter(path)
         return folders.open(inside)
 
     def parent(self, path: bytes) -> tuple[int, bytes]:
         """Return a descriptor of the folder that `path` lies in, and its last part."""
+        above, _, name = path.rpartition(b"/")
+        if above == self._above:
+            return self._above_fd, name
+        self._above = None
         folders, inside = self._enter(path)
-        return folders.parent(inside)
+        fd, name = folders.parent(inside)
+        if path not in self._by_name:  # else its folder has another root's, too, which may lie elsewhere
+            self._above, self._above_fd = above, fd
+        return fd, name
 
     def check(self, path: bytes) -> None:
         """Raise FileNotFoundError when `path` lies where a scan does not go."""
@@ -5454,23 +5514,24 @@ class Source:
 
     # -- what a path is --
 
-    def _name(self, kind: str, number: int) -> str:
+    def _owner(self, uid: int, gid: int) -> tuple[str, str]:
+        """Return the names of a user and a group; "" where there is none."""
         import grp
         import pwd
 
-        if (kind, number) not in self._names:
-            try:
-                name = pwd.getpwuid(number).pw_name if kind == "user" else grp.getgrgid(number).gr_name
-            except KeyError:
-                name = ""
-            self._names[kind, number] = name
-        return self._names[kind, number]
+        user = group = ""
+        with contextlib.suppress(KeyError):
+            user = pwd.getpwuid(uid).pw_name
+        with contextlib.suppress(KeyError):
+            group = grp.getgrgid(gid).gr_name
+        self._owners[uid, gid] = user, group
+        return user, group
 
     def stat(self, path: bytes, found: os.stat_result, fd: int = -1, name: bytes = b"") -> Stat:
         """Return the Stat of a path; `fd` and `name` say where it lies, for what only a path tells."""
         kind = KIND_OF.get(stat_bits.S_IFMT(found.st_mode), "character")
-        user, group = self._name("user", found.st_uid), self._name("group", found.st_gid)
-        owned = found.st_mode & 0o7777, found.st_uid, found.st_gid, user, group
+        uid, gid = found.st_uid, found.st_gid
+        owned = found.st_mode & 0o7777, uid, gid, *(self._owners.get((uid, gid)) or self._owner(uid, gid))
         if kind == "file":
             return self._file_stat(path, owned, found)
         stat = Stat(path, kind, *owned, mtime=found.st_mtime_ns)
@@ -5594,19 +5655,19 @@ def _look(source: Source, path: bytes, tries: int = PATIENCE) -> tuple[Stat | No
 
 
 def _scan_root(source: Source, root: Root) -> Iterator[Stat]:
-    stack: list[tuple[bytes, Iterator[bytes]]] = [(root.stored, iter([b""]))]
+    stack: list[tuple[bytes, Iterator[bytes]]] = [(b"", iter([root.stored]))]
     while stack:
-        folder, names = stack[-1]
-        name = next(names, None)
-        if name is None:
+        prefix, names = stack[-1]
+        for name in names:
+            path = prefix + name
+            stat, inside = _look(source, path)
+            if stat:
+                yield stat
+            if inside:
+                stack.append((path + b"/" if path else b"", iter(inside)))
+                break
+        else:
             stack.pop()
-            continue
-        path = b"/".join(filter(None, [folder, name]))
-        stat, inside = _look(source, path)
-        if stat:
-            yield stat
-        if inside:
-            stack.append((path, iter(inside)))
 
 
 def scan(source: Source) -> Iterator[Stat]:
@@ -6819,22 +6880,42 @@ def forget_node(store: Store, name: str) -> Known:
 # ---- pull ----
 
 
+NO_BLOCK = Block(b"", (b"",), (b"",))  # stands after the last one
+
+
 class Base:
     """The last snapshot beside the new listing: two sorted streams, merged."""
 
-    def __init__(self, entries: Iterator[tuple[Entry, bool]]) -> None:
+    def __init__(self, blocks: Iterator[tuple[Block, Set[int]]]) -> None:
         self.deleted = 0  # entries that the listing no longer has
         self.present = True  # whether the store has all of the entry that was matched last
-        self._entries = entries
+        self._blocks = blocks
+        self._block = NO_BLOCK  # that the next entry stands in
+        self._lacking: Set[int] = frozenset()  # numbers of its entries that the store has not all of
+        self._at = 0  # the next entry in the block
         self._next: Entry | None = None
-        self._next_present = True
-        self._advance()
         self._last = b""  # the last line of the listing
         self._last_key = b""  # its sort key, where it has been looked at
+        self._advance()
 
     def _advance(self) -> None:
-        self.present = self._next_present
-        self._next, self._next_present = next(self._entries, (None, True))
+        self.present = self._at not in self._lacking
+        self._at += 1
+        while self._at >= len(self._block.lines):
+            self._block, self._lacking = next(self._blocks, (NO_BLOCK, frozenset()))
+            self._at = 0
+        end = self._block is NO_BLOCK
+        self._next = None if end else Entry(self._block.lines[self._at], self._block.reads[self._at])
+
+    def whole_block(self) -> Block | None:
+        """Return the block that begins with the next entry, if the store has all that it names."""
+        return self._block if self._at == 0 and self._block.digest and not self._lacking else None
+
+    def match_block(self) -> None:
+        """Go on behind the block that whole_block gave, whose lines are the listing's next ones."""
+        self._last, self._last_key = self._block.lines[-1], b""
+        self._at = len(self._block.lines) - 1
+        self._advance()
 
     def match(self, line: bytes) -> tuple[Entry | None, Stat | None]:
         """Return the last snapshot's entry for the path of the listing's next line.
@@ -7507,6 +7588,16 @@ class Tally:
             self.grades.add(grade.group(1).decode() if grade else "")
         self.counts[{b"file": "files", b"directory": "folders"}.get(name, "others")] += 1
 
+    def put_block(self, block: Block) -> None:
+        """Count the entries of a whole block."""
+        lines, reads = b"\n".join(block.lines), b"\n".join(block.reads)
+        files, folders = (lines.count(b'","kind":"%s"' % kind) for kind in (b"file", b"directory"))
+        self.counts["files"] += files
+        self.counts["folders"] += folders
+        self.counts["others"] += len(block.lines) - files - folders
+        self.counts["size"] += sum(map(int, SIZE_TOLD.findall(reads)))
+        self.grades.update(grade.decode() for grade in GRADE_TOLD.findall(reads))
+
 
 class Intake:
     """The way from one node's answers into the pack and the blocks of a snapshot."""
@@ -7596,6 +7687,11 @@ class Intake:
         self.tally.put(entry)
         self.blocks.put(entry)
         self.seal_if_full()
+
+    def put_block(self, block: Block) -> None:
+        """Add the next block of the snapshot, which the store has."""
+        self.tally.put_block(block)
+        self.blocks.put_known(block.digest)
 
     def seal_if_full(self) -> None:
         """Seal a pack that has its size."""
@@ -7781,6 +7877,41 @@ def decode_listing(answer: Message) -> tuple[bool, list[bytes]]:
     return more, raw.split(b"\n") if raw else []
 
 
+class Listing:
+    """The lines that a node lists; the next answer is always asked for already."""
+
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._answers: deque[Message] = deque()
+        self._more = True
+        self._count = 0  # of lines that came
+        self._lines: list[bytes] = []
+        self._at = 0  # the next of them
+        intake.peer.ask(LIST, {}, self._answers.append)
+
+    def peek(self, count: int) -> list[bytes]:
+        """Return the next lines, as many as are asked for unless the listing ends before."""
+        while self._more and len(self._lines) - self._at < count:
+            self._fetch()
+        return self._lines[self._at : self._at + count]
+
+    def take(self, count: int) -> None:
+        """Go on behind so many lines."""
+        self._at += count
+
+    def _fetch(self) -> None:
+        while not self._answers:
+            with self._intake.until_full():
+                self._intake.step()
+        self._more, lines = decode_listing(self._answers.popleft())
+        if self._more:
+            self._intake.peer.ask(LIST, {}, self._answers.append)
+        self._count += len(lines)
+        if self._count > self._intake.settings.most_files:
+            raise ProtocolError(f"lists more than the {self._intake.settings.most_files} files of --most-files")
+        self._lines, self._at = self._lines[self._at :] + lines, 0
+
+
 class Pull:
     """One copy of one node, from OPEN to the blocks of its snapshot."""
 
@@ -7823,7 +7954,12 @@ class Pull:
         """
         self._base = base
         left: list[int] = []  # sizes of files for which there was no room
-        for line in self._list():
+        listing = Listing(self.intake)
+        while lines := listing.peek(1):
+            if self._take_block(listing):
+                continue
+            line = lines[0]
+            listing.take(1)
             if self.intake.full:
                 left += self._measure(line)
             with self.intake.until_full():
@@ -7844,6 +7980,18 @@ class Pull:
             f"the store is full: {len(left)} files of {format_size(sum(left))} are still to be copied, and {free} are"
             " free; what arrived in sealed packs is kept. Make room with `prune`, or give the store a larger disk"
         )
+
+    def _take_block(self, listing: Listing) -> bool:
+        """Take over a whole block of the last snapshot where the listing goes on with the same lines."""
+        block = self._base.whole_block()
+        if block is None or self._slots or self.intake.blocks.tail or self.intake.full:
+            return False
+        if listing.peek(len(block.lines)) != block.lines or not self._is_block_unchanged(block):
+            return False
+        listing.take(len(block.lines))
+        self._base.match_block()
+        self.intake.put_block(block)
+        return True
 
     def _take_line(self, line: bytes) -> None:
         if not self.intake.full:
@@ -7876,29 +8024,11 @@ class Pull:
             return f"{count} of {before.files} files became bytes that do not compress, as if they were encrypted"
         return ""
 
-    def _list(self) -> Iterator[bytes]:
-        """Yield the node's lines; the next batch is always asked for already."""
-        answers: deque[Message] = deque()
-        more = True
-        count = 0
-        self.intake.peer.ask(LIST, {}, answers.append)
-        while more:
-            while not answers:
-                with self.intake.until_full():
-                    self.intake.step()
-            more, lines = decode_listing(answers.popleft())
-            if more:
-                self.intake.peer.ask(LIST, {}, answers.append)
-            count += len(lines)
-            if count > self.intake.settings.most_files:
-                raise ProtocolError(f"lists more than the {self.intake.settings.most_files} files of --most-files")
-            yield from lines
-
     def _decide(self, line: bytes) -> Slot:
         """Return the slot of a line: done where nothing is to be read."""
         old, stat = self._base.match(line)
         slot = Slot(line, old, stat)
-        if old and old.line == line and self._base.present and self._is_unchanged(old):
+        if old and old.line == line and self._base.present and self._is_unchanged(old.line, old.read):
             slot.entry = old
         elif slot.stat.error:
             self.intake.tally.fail(slot.stat.path, slot.stat.error)
@@ -7909,11 +8039,18 @@ class Pull:
             self._decide_link(slot, slot.stat.link_key)
         return slot
 
-    def _is_unchanged(self, old: Entry) -> bool:
-        """Tell whether equal lines prove equal content; errs towards reading again."""
-        if b'"error"' in old.line or b'"fresh"' in old.line or b'"torn"' in old.read or b'"error"' in old.read:
+    def _is_unchanged(self, line: bytes, read: bytes) -> bool:
+        """Tell whether equal lines prove equal content; errs towards reading again.
+
+        The halves may be those of one entry, or of many, joined.
+        """
+        if b'"error"' in line or b'"fresh"' in line or b'"torn"' in read or b'"error"' in read:
             return False
-        return not self.intake.settings.checksum or b'","kind":"file"' not in old.line
+        return not self.intake.settings.checksum or b'","kind":"file"' not in line
+
+    def _is_block_unchanged(self, block: Block) -> bool:
+        """Tell the same of a block, and that it would be cut where it ends."""
+        return ends_block(block.lines[-1]) and self._is_unchanged(b"\n".join(block.lines), b"\n".join(block.reads))
 
     def _decide_link(self, slot: Slot, key: tuple[int, int]) -> None:
         """Take the content of the file's other name, where that has been read in this pull."""
@@ -8075,7 +8212,7 @@ class Events:
     tick: Callable[[], None]  # some times a second
 
 
-def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problems: list[str]) -> Iterator[Entry]:
+def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problems: list[str]) -> Iterator[Block]:
     """Yield what a new listing is compared with: what the last pull got to, then the last snapshot.
 
     What is damaged is noted and left out: it counts as new, is sent again, and so mended.
@@ -8090,14 +8227,17 @@ def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problem
 
     reached = b""
     with contextlib.suppress(FormatError):
-        before = list_entries(reader, progress.blocks, on_damage)
-        for entry in itertools.chain(before, map(Entry.decode, progress.tail)):
-            reached = entry.key
-            yield entry
-    for entry in list_entries(reader, last.blocks if last else (), on_damage):
-        if not reached or entry.key > reached:
-            reached = b""
-            yield entry
+        tail = (Block.decode(b"", b"".join(lines)) for lines in (progress.tail,))
+        for block in itertools.chain(list_blocks(reader, progress.blocks, on_damage), tail):
+            reached = Entry(block.lines[-1], b"").key if block.lines else reached
+            yield block
+    for block in list_blocks(reader, last.blocks if last else (), on_damage):
+        after = [entry for entry in block.list_entries() if entry.key > reached] if reached else block.lines
+        if len(after) == len(block.lines):
+            reached = b""  # all that follows is behind it, too
+            yield block
+        elif after:
+            yield Block(b"", block.lines[-len(after) :], block.reads[-len(after) :])
 
 
 class Copier:
@@ -8166,7 +8306,7 @@ class Copier:
         good = next((snapshot for snapshot in folder.newest() if snapshot.good), None)
         intake.receiver.watching = good is not None
         intake.has_before = last is not None
-        base = Base(list_present(intake.reader, list_base(intake.reader, progress, last, self.store.problems)))
+        base = Base(list_lacking(intake.reader, list_base(intake.reader, progress, last, self.store.problems)))
         pull = Pull(intake, progress.current)
         try:
             roots, missing = pull.open(self.store.identity)
@@ -8373,7 +8513,7 @@ def look_ahead(reader: Reader, pairs: Iterable[tuple[Entry, Entry | None]]) -> I
     digests: list[bytes] = []
     for pair in pairs:
         group.append(pair)
-        digests += list_named(pair[0])
+        digests += list_named(pair[0].read)
         if len(group) == 256 or len(digests) >= 1000:
             reader.look_up(digests)
             yield from group

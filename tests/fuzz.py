@@ -619,7 +619,7 @@ def read_progress(node: z.NodeFolder, reader: z.Reader, data: bytes) -> None:
     progress = node.load_progress()
     assert z.decode_progress(z.encode_progress(progress)) == progress
     with ours():
-        for _ in z.list_present(reader, z.list_base(reader, progress, None, [])):
+        for _ in z.list_lacking(reader, z.list_base(reader, progress, None, [])):
             pass
 
 
@@ -714,11 +714,16 @@ def listing(data: bytes) -> None:
         match_all(old, new)
 
 
+def make_block(entries: Sequence[z.Entry]) -> z.Block:
+    """Return entries as a part of a block."""
+    return z.Block(b"", [entry.line for entry in entries], [entry.read for entry in entries])
+
+
 def match_all(old: Sequence[bytes], new: Sequence[bytes]) -> None:
     """Let a listing be merged with an older one."""
     with ours():
         before = [z.Entry.decode(line if b"\t" in line else line + b"\t{}") for line in old]
-        base = z.Base(iter([(entry, True) for entry in before]))
+        base = z.Base(iter([(make_block(before), frozenset())]))
         matched = 0
         for line in new:
             found, stat = base.match(line.partition(b"\t")[0])
@@ -1176,7 +1181,7 @@ def pull(data: bytes) -> None:
     """A whole copy from a node that says anything: what ends well can be restored in full."""
     first, *said = split_frames(data)
     _, before = conversation()
-    base = z.Base(iter([(entry, True) for entry in before] if first == b"old" else []))
+    base = z.Base(iter([(make_block(before), frozenset())] if first == b"old" else []))
     under_way, intake = start_pull(Script(zip(said[::2], said[1::2])))
     entries: list[z.Entry] = []
     put = intake.put

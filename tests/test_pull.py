@@ -495,6 +495,74 @@ def read_entries(world: World, number: int = -1) -> list[zbackup.Entry]:
         store.close()
 
 
+# ---- whole blocks that are as they were ----
+
+
+def list_blocks(world: World) -> list[bytes]:
+    """Return the blocks of the last snapshot of the node."""
+    store = zbackup.open_store(str(world.store))
+    try:
+        return list(store.node("127.0.0.9").list_snapshots()[-1].blocks)
+    finally:
+        store.close()
+
+
+def make_crowd(world: World, count: int = 1500) -> None:
+    for number in range(count):
+        (world.files / f"{number:04}").write_text(f"content {number}")
+
+
+def test_unchanged_blocks_are_taken_over(calm: World) -> None:
+    make_crowd(calm)
+    (calm.files / "link").symlink_to("0000")
+    first = pull(calm)
+    before = list_blocks(calm)
+    again = pull(calm)
+    assert list_blocks(calm) == before
+    assert len(before) > 3
+    for field in ("files", "folders", "others", "size", "grade"):
+        assert again[field] == first[field]
+    assert (again["changed"], again["deleted"]) == (0, 0)
+    (calm.files / "0700").write_text("another content")
+    (calm.files / "0900").unlink()
+    (calm.files / "0901x").touch()
+    third = pull(calm)
+    assert (third["changed"], third["deleted"], third["files"]) == (2, 1, 1500)
+    assert len(set(before) - set(list_blocks(calm))) <= 4
+    check_restored(calm)
+
+
+def test_block_with_a_file_to_be_read_again_is_not_taken_over(world: World) -> None:
+    make_crowd(world, 600)
+    node = world.node("--margin", "1h")
+    assert pull(world)["changed"] == 600
+    assert all(entry.stat.fresh for entry in read_entries(world) if entry.stat.kind == "file")
+    before = (world.files / "0300").stat()
+    (world.files / "0300").write_text("CONTENT 300")
+    os.utime(world.files / "0300", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert pull(world)["changed"] == 1
+    check_restored(world)
+    node.stop()
+
+
+def test_checksum_reads_the_files_of_a_block(calm: World) -> None:
+    make_crowd(calm, 600)
+    pull(calm)
+    assert pull(calm)["sent"] < pull(calm, "--checksum")["sent"] / 2
+
+
+def test_block_of_which_a_chunk_is_lost_is_read_anew(calm: World) -> None:
+    make_crowd(calm, 1200)
+    assert pull(calm, "--pack-chunks", "300")["changed"] == 1200
+    packs = sorted(find_packs(calm), key=lambda path: path.stat().st_mtime_ns)
+    assert len(packs) > 2
+    packs[0].unlink()
+    pull(calm, code=4)  # it tells of the pack
+    assert calm.run("repair", "--store", str(calm.store)).returncode == 0
+    pull(calm, code=None)
+    check_restored(calm)
+
+
 # ---- many versions ----
 
 
