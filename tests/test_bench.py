@@ -116,6 +116,20 @@ def test_a_change_of_one_byte_mode_or_link_is_seen(tmp_path: Path) -> None:
     assert len(trees.compare(before, trees.digest_tree(tmp_path))) == 2
 
 
+def test_a_tree_that_is_put_away_keeps_its_inodes(tmp_path: Path) -> None:
+    for _ in range(2):
+        root = tmp_path / "tree"
+        (root / "folder").mkdir(parents=True)
+        (root / "folder/file").write_bytes(b"a" * 10_000)
+        os.symlink("/dev/full", root / "link")
+        before = trees.measure_size(root)
+        inode = (root / "folder/file").stat().st_ino
+        trees.put_away(root, tmp_path / "waste")
+        assert not root.exists() and before.apparent > 10_000
+        assert inode in {path.stat().st_ino for path in (tmp_path / "waste").glob("*/folder/file")}
+    assert trees.measure_size(tmp_path / "waste").apparent < before.apparent + 10_000
+
+
 def test_holes_are_zeros_and_places_count(tmp_path: Path) -> None:
     hole, dense, moved = (tmp_path / name for name in ("hole", "dense", "moved"))
     with open(hole, "wb") as out:

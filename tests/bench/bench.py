@@ -115,7 +115,7 @@ class Bench:
                 folder = self.plan.folder / workload.name
                 folder.mkdir()
                 Round(self, Turn(self.plan, workload, number, folder), some).run()
-                shutil.rmtree(folder)
+                trees.put_away(folder, self.lab.waste)
 
     def has_room(self, workload: Workload, tools: int) -> bool:
         needed = self.plan.scale * (workload.store * tools + 2 * workload.data)
@@ -243,7 +243,7 @@ class Round:
         self.sync()
         cost = peer.team.measure(peer.restore(number, to), row or "check")
         differences = trees.compare(self.expected[number], trees.digest_tree(peer.root(to)))
-        shutil.rmtree(to)
+        trees.put_away(to, self.bench.lab.waste)
         self.complain(peer, number, differences)
         if row:
             self.keep(peer, row, cost, trees.measure_size(peer.store).allocated)

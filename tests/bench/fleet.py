@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ class Fleet(ZbackupNoLatest):
             self.team.run(self.program("vault", "restore", address, "--store", str(self.store), "--to", str(to)))
             restored = to / source.relative_to(self.data.parent)
             differences = trees.compare(trees.digest_tree(source), trees.digest_tree(restored))
-            shutil.rmtree(to)
+            trees.put_away(to, self.yard.lab.waste)
             if differences:
                 raise Failed("\n".join([f"{self.plan.row}: {address} came back different:", *differences]))
 
@@ -92,7 +91,7 @@ def run_sweep(hall: Hall, plan: Sweep, size: int, number: int) -> Record:
         return make_record((plan.row, fleet.name, number), cost, trees.measure_size(fleet.store), size)
     finally:
         fleet.close()
-        shutil.rmtree(hall.folder / "data")
+        trees.put_away(hall.folder / "data", hall.lab.waste)
 
 
 def fleet_size(scale: float) -> int:

@@ -163,6 +163,7 @@ class Lab:
 
     def __init__(self, folder: Path, limit: float) -> None:
         self.folder = folder
+        self.waste = folder / "waste"  # what is over, see trees.put_away
         self.limit = limit
         self.unified = find_unified()
         self.holders: list[subprocess.Popen[bytes]] = []

@@ -117,7 +117,7 @@ class Peer:
 
     def close(self) -> None:
         self.team.close()
-        shutil.rmtree(self.yard.folder)
+        trees.put_away(self.yard.folder, self.yard.lab.waste)
 
 
 @cache

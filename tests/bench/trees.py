@@ -98,6 +98,20 @@ def warm(root: Path) -> None:
                     pass
 
 
+def put_away(root: Path, waste: Path) -> None:
+    """Move a tree to the folder `waste`, which is deleted when all is over; only its bytes are given back now.
+
+    ext4 looks at each inode that was deleted in the last minutes before it takes another one for a new file: after
+    90,000 files were deleted, whoever came next needed 0.6 ms for each file that it made, instead of 0.04.
+    """
+    for entry in walk(root):
+        if entry.is_file(follow_symlinks=False):
+            os.chmod(entry.path, 0o600)
+            os.truncate(entry.path, 0)
+    waste.mkdir(exist_ok=True)
+    root.rename(waste / str(len(os.listdir(waste))))
+
+
 def compare(expected: dict[str, str], found: dict[str, str]) -> list[str]:
     """Return a line for each path that differs, twenty at most."""
     paths = sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p))
