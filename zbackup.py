@@ -348,6 +348,7 @@ def path_key(path: bytes) -> bytes:
 # ---- JSON that came from elsewhere: every field is checked when it is taken ----
 
 write_json = json.JSONEncoder(separators=(",", ":")).encode
+read_json = json.JSONDecoder().decode
 
 
 def decode_digest(text: object) -> bytes:
@@ -367,7 +368,7 @@ class Fields:
     def __init__(self, data: bytes | str | memoryview, what: str) -> None:
         self.what = what  # names the object in errors
         try:
-            values = json.loads(bytes(data) if isinstance(data, memoryview) else data)
+            values = read_json(data if isinstance(data, str) else str(data, "utf-8"))
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{what} is not JSON: {str(error)[:100]}") from None
         if not isinstance(values, dict):
@@ -760,19 +761,26 @@ def encode_stat(stat: Stat) -> bytes:
     return f"{line}{_encode_rare(stat)}}}".encode("ascii")
 
 
-# The kinds of values in a listing line, and the least and the greatest of the numbers.
-STAT_TEXTS = {"kind": 10, "user": 4096, "group": 4096, "target": PATH_LIMIT, "error": 4096}  # characters at most
-STAT_NUMBERS = {
-    "mode": (0, 0o7777),
-    "uid": (0, OWNER_LIMIT),
-    "gid": (0, OWNER_LIMIT),
-    "size": (0, 1 << 63),
-    "mtime": (-(1 << 63), 1 << 63),
-    "ctime": (-(1 << 63), 1 << 63),
-    "inode": (0, 1 << 64),
-    "device": (0, 1 << 64),
-    "links": (0, 1 << 63),
-    "rdev": (0, 1 << 64),
+# What a listing line may hold beside its path, log and attributes: of a text the length, of a number the value.
+STAT_LIMITS: dict[str, tuple[type, int, int]] = {
+    "kind": (str, 0, 10),
+    "user": (str, 0, 4096),
+    "group": (str, 0, 4096),
+    "target": (str, 0, PATH_LIMIT),
+    "error": (str, 0, 4096),
+    "mode": (int, 0, 0o7777),
+    "uid": (int, 0, OWNER_LIMIT),
+    "gid": (int, 0, OWNER_LIMIT),
+    "size": (int, 0, 1 << 63),
+    "mtime": (int, -(1 << 63), 1 << 63),
+    "ctime": (int, -(1 << 63), 1 << 63),
+    "inode": (int, 0, 1 << 64),
+    "device": (int, 0, 1 << 64),
+    "links": (int, 0, 1 << 63),
+    "rdev": (int, 0, 1 << 64),
+    "sparse": (bool, 0, 1),
+    "database": (bool, 0, 1),
+    "fresh": (bool, 0, 1),
 }
 
 
@@ -781,13 +789,12 @@ def decode_stat(line: bytes) -> Stat:
     fields = Fields(line, "an entry")
     told: dict[str, Any] = {}
     for name, value in fields.values.items():
-        limits = STAT_NUMBERS.get(name)
-        if limits:
-            told[name] = value if type(value) is int and limits[0] <= value <= limits[1] else fields.wrong(name)
-        elif name in STAT_TEXTS:
-            told[name] = fields.text(name, limit=STAT_TEXTS[name])
-        elif name in ("sparse", "database", "fresh"):
-            told[name] = fields.flag(name)
+        if name in STAT_LIMITS:
+            kind, low, high = STAT_LIMITS[name]
+            size: Any = len(value) if type(value) is str else value
+            if type(value) is not kind or not low <= size <= high:
+                fields.wrong(name)
+            told[name] = value
     told["path"], told["wal"] = fields.path("path"), tuple(fields.integers("wal", 2))
     if "xattrs" in fields.values:
         xattrs = Fields.inside(fields.values["xattrs"], "extended attributes")
@@ -8496,6 +8503,19 @@ def compare_entries(old: Iterator[Entry], new: Iterator[Entry]) -> Iterator[tupl
             right = next(new, None)
 
 
+def without_common(reader: Reader, old: Sequence[bytes], new: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Return the blocks of two snapshots but for those of both: these say the same of the same paths.
+
+    One that tells of an error stays, as does one that cannot be read.
+    """
+    before, common = set(old), set()
+    for digest in (digest for digest in new if digest in before):  # in their order: they share frames
+        with contextlib.suppress(StoreError, FormatError):
+            if b'"error"' not in reader.get(digest):
+                common.add(digest)
+    return [digest for digest in old if digest not in common], [digest for digest in new if digest not in common]
+
+
 def find_entries(entries: Iterable[Entry], paths: Sequence[bytes], above: bool = False) -> Iterator[Entry]:
     """Yield the entries at or below `paths`, all where there are none; with `above` also the folders to them."""
     for entry in entries:
@@ -9068,9 +9088,10 @@ class Latest:
         return problems
 
     def _compare(self, old: Sequence[bytes], snapshot: Snapshot) -> Iterator[tuple[Entry | None, Entry | None]]:
+        left, right = without_common(self.reader, old, snapshot.blocks)
         # Old entries that are lost count as absent: what is new is written all the same.
-        before = list_entries(self.reader, old, on_damage=lambda error: None)
-        return compare_entries(before, list_entries(self.reader, snapshot.blocks))
+        before = list_entries(self.reader, left, on_damage=lambda error: None)
+        return compare_entries(before, list_entries(self.reader, right))
 
     def _remove(
         self, writer: FileWriter, pairs: Iterator[tuple[Entry | None, Entry | None]], everything_stays: bool
