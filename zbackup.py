@@ -607,7 +607,8 @@ def encode_stretches(stretches: Iterable[tuple[int, int]]) -> list[list[int]]:
 
 PLAIN, ZLIB, ZSTD = 0, 1, 2
 CODECS = {"plain": PLAIN, "zlib": ZLIB, "zstd": ZSTD}
-SAMPLE = 64 << 10  # bytes tried first: what does not shrink here is sent as it is
+SAMPLE = 64 << 10  # bytes tried first: what does not shrink in these is sent as it is
+SAMPLES = 4  # parts of the sample, evenly spread: a frame of small files has some that shrink beside others
 
 
 @functools.lru_cache(maxsize=1)
@@ -636,13 +637,16 @@ def _compress(codec: int, data: bytes | memoryview, level: int) -> bytes:
     return zlib.compress(data, min(level, 9))
 
 
-def _shrinks(codec: int, sample: bytes | memoryview, level: int) -> bool:
+def _shrinks(codec: int, data: bytes | memoryview, level: int) -> bool:
+    size = SAMPLE // SAMPLES
+    step = (len(data) - size) // (SAMPLES - 1)
+    sample = b"".join([data[at : at + size] for at in range(0, SAMPLES * step, step)])
     return len(_compress(codec, sample, level)) < 0.97 * len(sample)
 
 
 def compress(codec: int, data: bytes | memoryview, level: int) -> tuple[int, bytes | memoryview]:
     """Return `data` compressed, and the codec used: PLAIN where it does not pay."""
-    if codec == PLAIN or (len(data) > 2 * SAMPLE and not _shrinks(codec, data[:SAMPLE], level)):
+    if codec == PLAIN or (len(data) > 2 * SAMPLE and not _shrinks(codec, data, level)):
         return PLAIN, data
     packed = _compress(codec, data, level)
     return (codec, packed) if len(packed) < len(data) else (PLAIN, data)

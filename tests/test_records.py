@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import random
 import sys
 import tracemalloc
 import types
@@ -297,6 +298,14 @@ def test_codec_tries_a_sample_first(codec: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(z, "_compress", lambda c, data, level: tried.append(len(data)) or real(c, data, level))
     assert z.compress(codec, RANDOM, 1)[0] == z.PLAIN
     assert tried == [z.SAMPLE]
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_compress_finds_what_shrinks_behind_what_does_not(first: int) -> None:
+    parts = [random.Random(number).randbytes(300_000) for number in range(3)]
+    parts[first] = b"some words " * 27_000
+    codec, packed = z.compress(z.ZLIB, b"".join(parts), 1)
+    assert codec == z.ZLIB and len(packed) < 700_000
 
 
 @pytest.mark.parametrize("codec", CODECS)
