@@ -4106,7 +4106,10 @@ class Leftovers:
 
 def plan_leftovers(store: Store) -> Leftovers:
     """Return the unfinished packs and other files whose writers are gone."""
-    folders = [store.path, store.packs, store.damage]
+    folders = [store.path, store.packs, store.damage, store.aside]
+    keys = os.path.join(store.path, "keys")
+    if os.access(keys, os.R_OK):  # it may be another user's, which keeps nobody from pruning
+        folders.append(keys)
     for name in os.listdir(store.path):
         node = store.node(name)
         if os.path.isdir(node.snapshots):

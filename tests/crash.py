@@ -72,12 +72,31 @@ class Inode:
     durable_names: dict[str, int] = field(default_factory=dict)
     passed: dict[str, list[int | None]] = field(default_factory=dict)  # all that a name stood for since the last fsync
     frozen: bytes | None = b""  # `data`, until it changes
+    begun: Inode | None = None  # what it was when the sync began that goes on
 
     def sync(self) -> None:
         """Make all durable, as fsync does."""
         self.durable, self.durable_names = self.now(), dict(self.names)
         self.durable_mode, self.durable_mtime = self.mode, self.mtime
         self.passed = {}
+        self.begun = None  # an older state, of which nothing is to come back
+
+    def begin_sync(self) -> None:
+        """Note what a sync will have made durable when it ends."""
+        passed = {name: list(inodes) for name, inodes in self.passed.items()}
+        self.begun = Inode(
+            self.kind, durable=self.now(), mode=self.mode, mtime=self.mtime, names=dict(self.names), passed=passed
+        )
+
+    def end_sync(self) -> None:
+        """Make durable what was there when the sync began, and nothing that came after."""
+        begun, self.begun = self.begun, None
+        if begun is None:
+            return  # made since then, or synced by itself since then
+        self.durable, self.durable_names = begun.durable, begun.names
+        self.durable_mode, self.durable_mtime = begun.mode, begun.mtime
+        later = {name: inodes[max(0, len(begun.passed.get(name, ())) - 1) :] for name, inodes in self.passed.items()}
+        self.passed = {name: inodes for name, inodes in later.items() if len(inodes) > 1}
 
     def now(self) -> bytes:
         """Return the data as programs see it."""
@@ -231,6 +250,7 @@ class Disk:
         self.inodes = inodes
         self.index = [index]  # what the index was, the newest last
         self.reported: list[str] = []  # snapshots whose making has been reported
+        self.syncing = 0  # the sync that goes on
 
     def apply(self, op: Op) -> None:
         """Do what one recorded call did."""
@@ -264,6 +284,16 @@ class Disk:
     def _sync(self, op: Op) -> None:
         for inode in self.inodes.values():
             inode.sync()
+
+    def _begin_sync(self, op: Op) -> None:
+        self.syncing = op.at
+        for inode in self.inodes.values():
+            inode.begin_sync()
+
+    def _end_sync(self, op: Op) -> None:
+        if op.at == self.syncing:  # of one that another one has overtaken nothing is known, so nothing is promised
+            for inode in self.inodes.values():
+                inode.end_sync()
 
     def _link(self, op: Op) -> None:
         self.inodes[op.folder].name(op.name, op.inode)
@@ -348,6 +378,14 @@ class Fault:
     lasting: bool = False  # whether all later calls that take space fail too
 
 
+class Beside:
+    """When a sync in a thread of its own has begun, and when somebody waits for its end."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.awaited = threading.Event()
+
+
 TAKES_SPACE = {"open", "write", "mkdir", "link", "symlink", "copy_file_range", "ftruncate", "fsync", "sync", "index"}
 
 
@@ -356,10 +394,14 @@ class Recorder:
 
     The calls are found by the inode of what they are about, whatever path or descriptor names it.
     SQLite's own calls cannot be seen: its files are copied whenever they have changed.
+    A sync in a thread of its own is recorded as it is at its worst: it begins at once, and so knows of nothing
+    that is written beside it, and it ends when somebody waits for it, or never.  With `batch`, the program
+    syncs so many files together, not thousands.
     """
 
-    def __init__(self, program: ModuleType, root: Path, store: str, fault: Fault | None = None) -> None:
+    def __init__(self, program: ModuleType, root: Path, store: str, fault: Fault | None = None, batch: int = 0) -> None:
         self.program = program
+        self.batch = batch
         self.root = root
         self.store = root / store
         self.ops: list[Op] = []
@@ -370,6 +412,9 @@ class Recorder:
         self._ids: dict[tuple[int, int], int] = {}  # device and inode -> number in the model
         self._count = 0
         self._undo = contextlib.ExitStack()
+        self._own = threading.local()  # `beside`: the Beside whose thread this is
+        self._beside: list[Beside] = []
+        self._over = False
         self.before = self._scan()
 
     # -- the state at the start --
@@ -656,9 +701,41 @@ class Recorder:
             self._put("mtime", f"utime {self._say(path)}", inode=number, at=options["ns"][1])
 
     def _sync_filesystem(self, real: Any, fd: int) -> None:
+        beside: Beside | None = getattr(self._own, "beside", None)
         with self._lock:
             self._gate("sync", "the filesystem")
-            self._put("sync", "sync the filesystem")
+            if beside is None:
+                self._put("sync", "sync the filesystem")
+                return
+            self._beside.append(beside)
+            number = len(self._beside)
+            self._put("begin_sync", f"begin sync {number} of the filesystem", at=number)
+        beside.begun.set()
+        beside.awaited.wait()
+        with self._lock:
+            if not self._over:
+                self._put("end_sync", f"end sync {number} of the filesystem", at=number)
+
+    def _slow_syncing(self, real: Any) -> Any:
+        """Return the program's Syncing, made to begin before it is returned and to end when it is waited for."""
+        own = self._own
+
+        class Slow(real):  # type: ignore
+            def __init__(self, fd: int) -> None:
+                self._times = Beside()
+                super().__init__(fd)
+                self._times.begun.wait()
+
+            def _run(self) -> None:
+                own.beside = self._times
+                super()._run()
+                self._times.begun.set()  # where it has failed, too
+
+            def join(self) -> None:
+                self._times.awaited.set()
+                super().join()
+
+        return Slow
 
     def _clone_file(self, real: Any, source: int, target: int) -> bool:
         number = self._find_fd(target)
@@ -720,6 +797,9 @@ class Recorder:
         self._wrap(self.program, "clone_file", self._clone_file)
         self._wrap(self.program.NodeFolder, "save_snapshot", self._save_snapshot)
         self._wrap(sqlite3, "connect", self._connect)
+        self._replace(self.program, "Syncing", self._slow_syncing(self.program.Syncing))
+        if self.batch:
+            self._replace(self.program, "PUBLISH_FILES", self.batch)
         return self
 
     def _wrap(self, owner: Any, name: str, wrapper: Any) -> None:
@@ -728,11 +808,18 @@ class Recorder:
         def call(*arguments: Any, **options: Any) -> Any:
             return wrapper(real, *arguments, **options)
 
-        setattr(owner, name, call)
-        self._undo.callback(setattr, owner, name, real)
+        self._replace(owner, name, call)
+
+    def _replace(self, owner: Any, name: str, new: Any) -> None:
+        self._undo.callback(setattr, owner, name, getattr(owner, name))
+        setattr(owner, name, new)
 
     def __exit__(self, *reason: object) -> None:
         self._undo.close()
+        with self._lock:
+            self._over = True
+        for beside in self._beside:
+            beside.awaited.set()  # nobody did: its end is not recorded, but its thread goes away
         self._note_index()
 
 
@@ -937,14 +1024,23 @@ def check_snapshots(scene: Scene, place: Path, required: set[str], new: str = ""
         demand(not new or newest == new, f"the newest snapshot is {newest}, not {new}")
 
 
-def check_half(scene: Scene, place: Path) -> None:
-    """Demand that each file in `latest` is as it was in some snapshot, or as it is now: never a half."""
-    top = place / "backups" / FOLDER / "latest"
+def check_half(scene: Scene, top: Path) -> None:
+    """Demand that each file below a folder is as it was in some snapshot, or as it is now: never a half."""
     known = [*scene.states.values(), scene.source()]
     for path, found in read_state(top, times=False).items() if top.is_dir() else ():
         if found[0] == "file" and not os.path.basename(path).startswith(LEFTOVERS):
             whole = any(state.get(path, ("",))[:2] == found[:2] for state in known)
-            demand(whole, f"latest has {path} as it never was: {found[1][:60]!r} ({len(found[1])} bytes)")
+            demand(whole, f"{top.name} has {path} as it never was: {found[1][:60]!r} ({len(found[1])} bytes)")
+
+
+def check_restored(scene: Scene, place: Path, ended: bool) -> None:
+    """Demand that what a restore left has no half file, that another one completes it, and that one that ended has."""
+    check_half(scene, place / "restored")
+    if not ended:
+        must(scene, place, *RESTORE_AGAIN, str(place / "restored"))
+    (wanted,) = scene.states.values()
+    wrong = differ(read_state(place / "restored"), wanted)
+    demand(not wrong, f"what was restored is not the snapshot: {wrong}")
 
 
 def check_latest(scene: Scene, place: Path) -> None:
@@ -993,8 +1089,11 @@ def must(scene: Scene, place: Path, *command: str) -> None:
     demand(done.code == 0, f"{' '.join(command)} ended with {done.code}: {done.said[-800:]}")
 
 
-def check(scene: Scene, case: Case, place: Path, required: set[str]) -> None:
-    """Demand of what a crash left: nothing is lost, the next sweep is good, and nothing leaks."""
+def check(scene: Scene, case: Case, place: Path, required: set[str], ended: bool = False) -> None:
+    """Demand of what a crash left: nothing is lost, the next sweep is good, and nothing leaks.
+
+    With `ended` the command had ended, and well.
+    """
     made = (place / "backups" / "zbackup.json").exists()
     demand(made or not required, "lost: the whole store")
     if case.mend:
@@ -1002,7 +1101,9 @@ def check(scene: Scene, case: Case, place: Path, required: set[str]) -> None:
         must(scene, place, *case.mend)
     if made and not case.damaged:
         check_snapshots(scene, place, required)
-        check_half(scene, place)
+        check_half(scene, place / "backups" / FOLDER / "latest")
+    if case.also:
+        case.also(scene, place, ended)
     name = scene.sweep(place)
     check_snapshots(scene, place, required, name)
     check_latest(scene, place)
@@ -1028,6 +1129,9 @@ class Case:
     again: Callable[[Scene, Path], list[str]] | None = None  # how it is called after a failure, if not the same way
     mend: tuple[str, ...] = ()  # a command that a user would run after the crash
     damaged: bool = False  # whether the store has damage, which is healed by `mend` and the next sweep
+    batch: int = 0  # how many files are synced together, beside the writing of the next ones; 0: all of them, at last
+    also: Callable[[Scene, Path, bool], None] | None = None  # what else must be true, and whether the command had ended
+    codes: tuple[int, ...] = (0, 4)  # how it may end when a call fails
 
 
 CUT_OFF = "cut off"
@@ -1104,15 +1208,22 @@ class Matrix:
         self.base = scene.folder("base")
         case.prepare(scene, self.base)
         place = scene.folder("record", self.base)
-        with Recorder(scene.program, place, "backups") as recorder:
+        with Recorder(scene.program, place, "backups", batch=case.batch) as recorder:
             done = run(scene.program, *case.command(scene, place))
         assert done.code == 0, f"{case.name} ended with {done.code}: {done.said}"
         self.ops, self.calls, self.before = recorder.ops, recorder.gated, recorder.before
         self._compare(place)
+        assert not case.batch or self._syncs_beside(), f"{case.name} wrote nothing beside a sync"
         there = {path.stem for path in (place / "backups" / FOLDER / "snapshots").glob("2*.json")}
         gone = set(scene.states) - there - scene.free
         assert case.removes == bool(gone), f"{case.name} took the snapshots {sorted(gone)} away"
         self.kept = set(scene.states) - scene.free - (set() if case.mend else gone)
+
+    def _syncs_beside(self) -> bool:
+        """Tell whether files were written while others were synced, and whether that happened twice."""
+        kinds = [op.kind for op in self.ops]
+        starts = [at for at, kind in enumerate(kinds) if kind == "begin_sync"]
+        return len(starts) > 1 and all("create" in kinds[one:two] for one, two in zip(starts, starts[1:]))
 
     def _compare(self, place: Path) -> None:
         """Check that the record has all that was done."""
@@ -1151,7 +1262,7 @@ class Matrix:
                 tree = disk.draw(choice, "backups")
                 required = self.kept | set(disk.reported)
                 result.tried += 1
-                mark = fingerprint(tree), frozenset(required)
+                mark = fingerprint(tree), frozenset(required), instant == len(self.ops)
                 if mark in seen:
                     continue  # the same bytes as at another instant
                 seen.add(mark)
@@ -1160,12 +1271,12 @@ class Matrix:
                 write_tree(tree, place)
                 last = self.ops[instant - 1].words if instant else "nothing"
                 where = f"{choice.name} at instant {instant} of {len(self.ops)}, after: {last}, seed {effort.seed}"
-                self._try(result, where, place, required, self.case)
+                self._try(result, where, place, required, self.case, instant == len(self.ops))
         return result
 
-    def _try(self, result: Result, where: str, place: Path, required: set[str], case: Case) -> None:
+    def _try(self, result: Result, where: str, place: Path, required: set[str], case: Case, ended: bool) -> None:
         try:
-            check(self.scene, case, place, required)
+            check(self.scene, case, place, required, ended)
         except (Loss, Hang, OSError, sqlite3.Error, self.scene.program.BackupError) as error:
             kind = "" if isinstance(error, Loss) else f"{type(error).__name__}: "
             result.lost.append(f"{self.case.name}, {where}: {kind}{error}")
@@ -1195,7 +1306,7 @@ class Matrix:
         place = scene.folder("failed", self.base)
         where = f"{result.how} at call {fault.at}"
         try:
-            with Recorder(scene.program, place, "backups", fault) as recorder:
+            with Recorder(scene.program, place, "backups", fault, self.case.batch) as recorder:
                 done = run(scene.program, *self.case.command(scene, place))
             if not recorder.hit:
                 demand(done.code == 0, f"ended with {done.code} without a fault: {done.said}")
@@ -1205,7 +1316,8 @@ class Matrix:
             result.codes[done.code] = result.codes.get(done.code, 0) + 1
             said = f"it ended with {done.code} and said: {done.said[-800:]}"
             reported = {op.name for op in recorder.ops if op.kind == "report"}
-            demand(done.code in ((0, 1, 4) if reported else (0, 4)), said)  # 1: the snapshot is there, latest is not
+            # 1: the snapshot is there, latest is not
+            demand(done.code in ((0, 1, 4) if reported else self.case.codes), said)
             demand("Traceback" not in done.said and "a fault of zbackup" not in done.said, said)
             if done.code == 0:
                 demand("server" not in self.case.command(scene, place) or reported, f"silent: {said}")
@@ -1217,7 +1329,7 @@ class Matrix:
             return True
         # A repair has ended well by now, and is not run once more.
         case = dataclasses.replace(self.case, mend=()) if self.case.damaged else self.case
-        self._try(result, where, place, self.kept | reported, case)
+        self._try(result, where, place, self.kept | reported, case, ended=True)
         return True
 
 
@@ -1264,6 +1376,7 @@ def change(scene: Scene) -> None:
     put(files / "text1", b"another line\n", 100)
     put(files / "text2", b"", 101)
     (files / "text3").unlink()
+    put(files / "text4", b"line 4, changed\n", 105)  # with it an odd number of files: `latest in batches` has a rest
     shutil.rmtree(files / "old")
     put(files / "new" / "noise", dice.randbytes(70_000), 102)
     put(files / "old", b"a file where a folder was", 103)
@@ -1291,12 +1404,14 @@ def prepare_latest(scene: Scene, place: Path) -> None:
     scene.keep(place, "--no-latest")
 
 
-def prepare_killed(prepare: Callable[[Scene, Path], None], word: str, count: int) -> Callable[[Scene, Path], None]:
+def prepare_killed(
+    prepare: Callable[[Scene, Path], None], word: str, count: int, batch: int = 0
+) -> Callable[[Scene, Path], None]:
     """Return a function that makes a store whose last pull was killed after its `count`-th call with a word."""
 
     def make(scene: Scene, place: Path) -> None:
         prepare(scene, place)
-        with Recorder(scene.program, place, "backups") as recorder:
+        with Recorder(scene.program, place, "backups", batch=batch) as recorder:
             done = run(scene.program, *scene.server(place))
         demand(done.code == 0, done.said)
         calls = [number for number, op in enumerate(recorder.ops, 1) if word in op.words]
@@ -1368,6 +1483,17 @@ def sweep(scene: Scene, place: Path) -> list[str]:
     return scene.server(place)
 
 
+RESTORE_AGAIN = ("restore", FOLDER, "--quiet", "--overwrite", "--to")
+
+
+def restore(scene: Scene, place: Path) -> list[str]:
+    return ["restore", FOLDER, "--quiet", "--to", str(place / "restored"), "--store", str(place / "backups")]
+
+
+def restore_again(scene: Scene, place: Path) -> list[str]:
+    return [*RESTORE_AGAIN, str(place / "restored"), "--store", str(place / "backups")]
+
+
 def on_store(*command: str) -> Callable[[Scene, Path], list[str]]:
     """Return a function that gives the arguments of a command for a store."""
     return lambda scene, place: [*command, "--store", str(place / "backups")]
@@ -1387,8 +1513,9 @@ CASES = {
         Case("second pull", prepare_second, lambda scene, place: scene.server(place, "--no-latest")),
         Case("pull and latest", prepare_second, sweep),
         Case("latest alone", prepare_latest, sweep),
+        Case("latest in batches", prepare_latest, sweep, batch=2),
         Case("pull after a killed pull", prepare_killed(prepare_second, "to progress.json", 1), sweep),
-        Case("pull after a killed latest", prepare_killed(prepare_second, "to text", 1), sweep),
+        Case("pull after a killed latest", prepare_killed(prepare_second, "to text", 1, batch=2), sweep, batch=2),
         Case(
             "pull and prune",
             prepare_many,
@@ -1405,6 +1532,7 @@ CASES = {
             mend=("undelete", FOLDER, "--all"),
         ),
         Case("prune of the trash", prepare_trash, on_store("prune", "--grace", "0s")),
+        Case("restore", prepare_second, restore, again=restore_again, batch=4, also=check_restored, codes=(0, 1, 4)),
         Case("undelete", prepare_undelete, on_store("undelete", FOLDER, "--all"), mend=("undelete", FOLDER, "--all")),
         Case("repair of a pack", prepare_damaged_pack, on_store("repair"), mend=("repair",), damaged=True),
         Case("repair of a snapshot", prepare_damaged_snapshot, on_store("repair"), mend=("repair",), damaged=True),

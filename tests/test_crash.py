@@ -128,6 +128,7 @@ PUT_PACK = "self.index.put_pack(name, ((d, at, i) for at, _, digests in self._re
 SYNC_PACK = "            os.fsync(self.fd)\n            make_folder(folder)\n"
 SYNC_FILE = "        os.fsync(fd)\n        publish(temporary, path, replacing)\n"
 SYNC_LATEST = "        sync_filesystem(self.folders.root)\n        self._take_due"
+WAIT = "            self._syncing.wait()  # where it fails, nothing of it is ever published\n"
 BROKEN = {
     "names are not synced": ("second pull", replace_name("sync_folder", do_nothing)),
     "packs are not synced": ("second pull", change_text((SYNC_PACK, "            make_folder(folder)\n"))),
@@ -141,6 +142,15 @@ BROKEN = {
         ),
     ),
     "latest is not synced": ("pull and latest", change_text((SYNC_LATEST, "        self._take_due"))),
+    "names do not wait for the sync beside the next batch": (
+        "latest in batches",
+        change_text((WAIT, "            pass\n")),
+    ),
+    "a sync counts for what was written beside it": (
+        "latest in batches",
+        change_text((WAIT, f"{WAIT}            self._synced, self._due = self._synced + self._due, []\n")),
+    ),
+    "restored files get their names before the sync": ("restore", change_text((WAIT, "            pass\n"))),
     "leftovers stay": ("second pull", replace_name("execute_leftovers", do_nothing)),
     "old packs go first": ("prune", replace_name("Repacker.finish", seal_last)),
     "removed snapshots are not synced": (
@@ -265,6 +275,56 @@ def test_crash_model_keeps_only_what_was_synced() -> None:
     assert look(disk, crash.Zeros()) == {"f/a": b"one\0\0\0"}
     disk.apply(crash.Op("sync"))
     assert look(disk, crash.Lost()) == {"f/a": b"onetwo"}
+
+
+def test_crash_model_sync_that_goes_on_keeps_only_what_was_before_it() -> None:
+    """As syncfs in a thread: at its end durable is what was there at its beginning."""
+    disk = make_disk()
+    for op in (
+        crash.Op("create", inode=2, folder=1, name="a", data="file"),
+        crash.Op("write", inode=2, data=b"one"),
+        crash.Op("begin_sync", at=1),
+        crash.Op("write", inode=2, at=3, data=b"two"),
+        crash.Op("create", inode=3, folder=1, name="b", data="file"),
+        crash.Op("write", inode=3, data=b"three"),
+        crash.Op("rename", folder=1, name="a", folder2=1, name2="c"),
+    ):
+        disk.apply(op)
+    assert look(disk, crash.Lost()) == {}, "it has not ended"
+    disk.apply(crash.Op("end_sync", at=1))
+    assert look(disk, crash.Choice()) == {"f/b": b"three", "f/c": b"onetwo"}
+    assert look(disk, crash.Lost()) == {"f/a": b"one"}
+    assert look(disk, crash.Empty()) == {"f/b": b"", "f/c": b"one"}
+    seen = {tuple(sorted(look(disk, crash.Torn(random.Random(seed))))) for seed in range(200)}
+    names = [("f/a", "f/c"), ("f/a",), ("f/c",), ()]  # each may be lost or kept, and so may "b"
+    assert seen == {tuple(sorted((*some, *more))) for some in names for more in ((), ("f/b",))}
+    disk.apply(crash.Op("sync"))
+    assert look(disk, crash.Lost()) == {"f/b": b"three", "f/c": b"onetwo"}
+
+
+def test_crash_model_sync_that_goes_on_takes_nothing_back() -> None:
+    """What was synced by itself meanwhile is newer than what it knew; of one that was overtaken nothing is known."""
+    disk = make_disk()
+    for op in (
+        crash.Op("create", inode=2, folder=1, name="a", data="file"),
+        crash.Op("begin_sync", at=1),
+        crash.Op("write", inode=2, data=b"one"),
+        crash.Op("fsync", inode=2),
+        crash.Op("fsync", inode=1),
+        crash.Op("end_sync", at=1),
+    ):
+        disk.apply(op)
+    assert look(disk, crash.Lost()) == {"f/a": b"one"}
+    for op in (
+        crash.Op("begin_sync", at=2),
+        crash.Op("write", inode=2, data=b"two"),
+        crash.Op("begin_sync", at=3),
+        crash.Op("end_sync", at=2),
+    ):
+        disk.apply(op)
+    assert look(disk, crash.Lost()) == {"f/a": b"one"}
+    disk.apply(crash.Op("end_sync", at=3))
+    assert look(disk, crash.Lost()) == {"f/a": b"two"}
 
 
 def test_crash_model_rename_shows_the_old_or_the_new_file() -> None:

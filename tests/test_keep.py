@@ -106,3 +106,13 @@ def test_temporary_of_a_killed_process_is_removed(store: z.Store) -> None:
     subprocess.run([sys.executable, "-c", killed, os.path.join(folder.snapshots, "a.json")], env=ENV, timeout=60)
     z.execute_leftovers(z.plan_leftovers(store))
     assert os.listdir(folder.snapshots) == []
+
+
+@pytest.mark.parametrize("folder", ["keys", "aside"])
+def test_leftover_of_a_key_or_of_a_repair_is_removed(store: z.Store, folder: str) -> None:
+    """A server that was killed while it made its key left a secret that nothing names, and no sweep removed it."""
+    (Path(store.path) / folder).mkdir(0o700)
+    (Path(store.path) / folder / "server").write_text("the key")
+    (Path(store.path) / folder / f"{z.TEMPORARY}00").write_text("half a key")
+    z.execute_leftovers(z.plan_leftovers(store))
+    assert os.listdir(os.path.join(store.path, folder)) == ["server"]
