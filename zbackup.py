@@ -495,7 +495,12 @@ def parse_time(name: str) -> int:
 def hash_pages(data: bytes | memoryview) -> bytes:
     """Return the hashes of the pages of `data`, 16 bytes each, joined."""
     view, sha256 = memoryview(data), hashlib.sha256
-    return b"".join([sha256(view[i : i + PAGE]).digest()[:PAGE_HASH] for i in range(0, len(view), PAGE)])
+    if 0 not in bytes(view[::PAGE]):
+        return b"".join([sha256(view[i : i + PAGE]).digest()[:PAGE_HASH] for i in range(0, len(view), PAGE)])
+    pages = (bytes(view[i : i + PAGE]) for i in range(0, len(view), PAGE))
+    zeros = bytes(PAGE)  # as in a hole: hashed once
+    hashed = sha256(zeros).digest()[:PAGE_HASH]
+    return b"".join([hashed if page == zeros else sha256(page).digest()[:PAGE_HASH] for page in pages])
 
 
 def find_stretches(old: bytes, new: bytes) -> Iterator[tuple[int, int]]:
@@ -733,7 +738,7 @@ RARE = ("target", "device", "rdev", "sparse", "database", "wal", "fresh", "xattr
 RARE_VALUES = operator.attrgetter(*RARE)
 
 
-@functools.lru_cache(maxsize=1000)
+@functools.lru_cache(maxsize=64)  # a hostile node's names may take 100 KB each
 def _encode_owner(uid: int, gid: int, user: str, group: str) -> str:
     return f',"uid":{uid},"gid":{gid},"user":{write_json(user)},"group":{write_json(group)}'
 
@@ -5435,6 +5440,7 @@ class Source:
         self.roots = roots
         self.exclude = Exclude(settings.exclude)
         self.spool = spool
+        self._margin = int(settings.margin * 1e9)
         self._by_name = {root.stored: root for root in roots}
         self._root: Root | None = None  # of the last path
         self._root_name = b""  # in the folder that holds it
@@ -5564,22 +5570,23 @@ class Source:
 
     def is_young(self, moment: int, least: float = 0.0) -> bool:
         """Tell whether a time (ns) is less than --margin, or `least` (s), ago: within it, a change need not show."""
-        return moment > self.clock.now() - int(max(self.settings.margin, least) * 1e9)
+        return moment > self.clock.now() - max(self._margin, int(least * 1e9))
 
     def _file_stat(self, path: bytes, owned: tuple[int, int, int, str, str], found: os.stat_result) -> Stat:
+        size, mtime, ctime, links = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_nlink
         return Stat(
             path,
             "file",
             *owned,
-            size=found.st_size,
-            mtime=found.st_mtime_ns,
-            ctime=found.st_ctime_ns,
-            inode=found.st_ino,
-            links=found.st_nlink,
-            device=found.st_dev if found.st_nlink > 1 else 0,
-            sparse=found.st_size > PAGE and found.st_blocks * 512 < found.st_size,
-            fresh=self.is_young(max(found.st_mtime_ns, found.st_ctime_ns)),
-            error="is larger than 64 TiB, which no snapshot can hold" if found.st_size > FILE_LIMIT else "",
+            size,
+            mtime,
+            ctime,
+            found.st_ino,
+            found.st_dev if links > 1 else 0,
+            links,
+            sparse=size > PAGE and found.st_blocks * 512 < size,
+            fresh=self.is_young(ctime if ctime > mtime else mtime),
+            error="is larger than 64 TiB, which no snapshot can hold" if size > FILE_LIMIT else "",
         )
 
     @staticmethod
@@ -5596,12 +5603,13 @@ class Source:
             found = os.lstat(name, dir_fd=fd)
         except FileNotFoundError:
             return None
-        is_folder = stat_bits.S_ISDIR(found.st_mode)
+        kind = stat_bits.S_IFMT(found.st_mode)
+        is_folder = kind == stat_bits.S_IFDIR
         if self.exclude.matches(path, is_folder) and path not in self._by_name:
             return None
         if is_folder and (found.st_dev, found.st_ino) == self.spool.inode:
             return None
-        if stat_bits.S_ISREG(found.st_mode):
+        if kind == stat_bits.S_IFREG:
             if self._is_companion(fd, name):
                 return None
             return self.look_at_database(self.stat(path, found), fd, name)
@@ -8003,8 +8011,9 @@ class Pull:
         if listing.peek(len(block.lines)) != block.lines or not self._is_block_unchanged(block):
             return False
         listing.take(len(block.lines))
-        self._base.match_block()
         self.intake.put_block(block)
+        with self.intake.until_full():
+            self._base.match_block()
         return True
 
     def _take_line(self, line: bytes) -> None:
@@ -8550,11 +8559,14 @@ def look_ahead(reader: Reader, pairs: Iterable[tuple[Entry, Entry | None]]) -> I
 
 
 def _write_sparse(fd: int, data: bytes, at: int) -> None:
-    view = memoryview(data)
-    for start in range(0, len(data), PAGE):
-        page = view[start : start + PAGE]
-        if page != bytes(len(page)):
-            write_at(fd, page, at + start)
+    """Write what stands between pages of zeros."""
+    view, zeros, first = memoryview(data), bytes(PAGE), 0
+    for page in range(0, len(data), PAGE):
+        end = min(page + PAGE, len(data))
+        if data.startswith(zeros[: end - page], page):
+            write_at(fd, view[first:page], at + first)
+            first = end
+    write_at(fd, view[first:], at + first)
 
 
 def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> None:

@@ -300,6 +300,19 @@ def test_codec_tries_a_sample_first(codec: int, monkeypatch: pytest.MonkeyPatch)
     assert tried == [z.SAMPLE]
 
 
+@pytest.mark.parametrize("length", [0, 1, z.PAGE - 1, z.PAGE, z.PAGE + 1, 30 * z.PAGE, 30 * z.PAGE + 5])
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_page_hashes_of_pages_of_zeros(length: int, share: float) -> None:
+    """They are not hashed one by one, nor are those that only begin with zeros taken for them."""
+    chance = random.Random(length)
+    pages = [bytes(z.PAGE) if chance.random() < share else chance.randbytes(z.PAGE) for _ in range(31)]
+    pages[3] = bytes(z.PAGE - 1) + b"!"
+    data = b"".join(pages)[:length]
+    cut = [data[at : at + z.PAGE] for at in range(0, length, z.PAGE)]
+    wanted = b"".join(hashlib.sha256(page).digest()[: z.PAGE_HASH] for page in cut)
+    assert z.hash_pages(data) == z.hash_pages(memoryview(data)) == wanted
+
+
 @pytest.mark.parametrize("first", [0, 1, 2])
 def test_compress_finds_what_shrinks_behind_what_does_not(first: int) -> None:
     parts = [random.Random(number).randbytes(300_000) for number in range(3)]

@@ -1046,3 +1046,21 @@ def test_sweep_says_that_there_are_special_files(world: World) -> None:
     (world.files / "link").symlink_to("fifo")
     world.node()
     assert "2 links and special files" in world.run(*world.server_flags()).stdout
+
+
+@pytest.mark.parametrize("what", ["--x-", "x--x", "x-xx-xxy", "--", "-x-y", "y", "---y", "x"])
+def test_restore_writes_a_sparse_file_between_its_pages_of_zeros(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    pages = {"-": bytes(zbackup.PAGE), "x": b"x" * zbackup.PAGE, "y": b"\0" * 70 + b"y"}
+    data = b"".join(pages[page] for page in what)
+    calls: list[int] = []
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, part, at: (calls.append(at), real(fd, part, at))[1])
+    with open(tmp_path / "file", "w+b") as out:
+        zbackup._write_sparse(out.fileno(), data, zbackup.PAGE)
+        os.ftruncate(out.fileno(), zbackup.PAGE + len(data))
+        assert os.pread(out.fileno(), len(data) + 1, zbackup.PAGE) == data
+        written = out.seek(0, os.SEEK_END) and os.fstat(out.fileno()).st_blocks * 512
+    assert len(calls) == len([run for run in what.replace("y", "x").split("-") if run])
+    assert written <= zbackup.PAGE * len(what.replace("-", ""))

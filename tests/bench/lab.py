@@ -335,6 +335,7 @@ class Team:
         begin = time.perf_counter()
         process = seat.start(command, name)
         killer = threading.Timer(self.lab.limit, os.kill, (process.pid, signal.SIGKILL))
+        killer.daemon = True
         killer.start()
         _, status, usage = os.wait4(process.pid, 0)
         took = time.perf_counter() - begin
