@@ -8256,7 +8256,7 @@ def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problem
             yield block
     for block in list_blocks(reader, last.blocks if last else (), on_damage):
         after = [entry for entry in block.list_entries() if entry.key > reached] if reached else block.lines
-        if len(after) == len(block.lines):
+        if after and len(after) == len(block.lines):
             reached = b""  # all that follows is behind it, too
             yield block
         elif after:

@@ -420,6 +420,37 @@ def test_latest_disk_full(series: Series, monkeypatch: pytest.MonkeyPatch) -> No
     assert (series.latest / "changed").read_text() == "new"
 
 
+def test_latest_compares_no_blocks_that_both_snapshots_have(series: Series, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [(file(f"{number:04}"), b"%d" % number) for number in range(2000)]
+    series.show(*files)
+    pairs: list[Any] = []
+    real = zbackup.compare_entries
+
+    def compare(old: Any, new: Any) -> Any:
+        for pair in real(old, new):
+            pairs.append(pair)
+            yield pair
+
+    monkeypatch.setattr(zbackup, "compare_entries", compare)
+    assert series.show(*files) == [] and pairs == []
+    files[1000] = (file("1000", NOON + 1), b"new")
+    assert series.show(*files[:1500], *files[1501:]) == []
+    assert 0 < len(pairs) < 3000  # twice 2,000 with all of them
+    assert (series.latest / "1000").read_text() == "new"
+    assert len(os.listdir(series.latest)) == 1999 and not (series.latest / "1500").exists()
+
+
+def test_latest_reads_a_block_with_an_error_that_both_snapshots_have(series: Series) -> None:
+    """What a folder held that cannot be listed stays, however often it cannot, until it can."""
+    unread = (zbackup.replace(folder("a"), error="Permission denied"), None)
+    series.show((folder("a"), None), (file("a/b"), b"old"), (file("c"), b"1"))
+    for number in range(3):
+        assert series.show(unread, (file("c"), b"1")) == [], number
+        assert series.texts() == {"a/b": "old", "c": "1"}
+    assert series.show((folder("a"), None), (file("c"), b"1")) == []
+    assert series.texts() == {"c": "1"}
+
+
 # ---- large files: only changed chunks are written ----
 
 LARGE = random.Random(7).randbytes(3 * MIB + 100)

@@ -563,6 +563,37 @@ def test_block_of_which_a_chunk_is_lost_is_read_anew(calm: World) -> None:
     check_restored(calm)
 
 
+def make_block(digest: bytes, *names: str) -> zbackup.Block:
+    lines = [zbackup.encode_stat(zbackup.Stat(name.encode(), "file", size=1)) for name in names]
+    return zbackup.Block(digest, lines, [b"{}"] * len(lines))
+
+
+def test_base_offers_a_block_only_from_its_start() -> None:
+    whole, lacking, part, last = (
+        make_block(*row) for row in ((b"1", "a", "b"), (b"2", "c", "d"), (b"", "e"), (b"3", "f"))
+    )
+    rows = [(whole, set()), (lacking, {1}), (zbackup.Block(b"4", [], []), set()), (part, set()), (last, set())]
+    base = zbackup.Base(iter(rows))
+    assert base.whole_block() is whole
+    base.match_block()
+    assert base.whole_block() is None  # the store has not all of it
+    present = []
+    for line in (*lacking.lines, *part.lines):
+        found, stat = base.match(line)
+        assert found and found.line == line and stat is None
+        present.append(base.present)
+        assert base.whole_block() is (last if line in part.lines else None)
+    assert present == [True, False, True]
+    with pytest.raises(zbackup.ProtocolError, match="out of order"):
+        base.match(make_block(b"", "d").lines[0])
+    base.match_block()
+    assert base.whole_block() is None
+    base.finish()
+    assert base.deleted == 0
+    with pytest.raises(zbackup.ProtocolError, match="out of order"):
+        base.match(last.lines[0])
+
+
 # ---- many versions ----
 
 
