@@ -883,9 +883,16 @@ def decode_content(data: bytes) -> Content:
 
 
 # What an entry says, found without decoding it.
-KIND_TOLD = re.compile(rb'","kind":"(\w+)"')
 SIZE_TOLD = re.compile(rb'\{"size":(\d+)')
 GRADE_TOLD = re.compile(rb'"grade":"(\w+)"')
+
+
+def split_entry(line: bytes) -> tuple[bytes, bytes]:
+    """Return the halves of a snapshot's line; FormatError where it has not two."""
+    head, tab, read = line.partition(b"\t")
+    if not tab:
+        raise FormatError("an entry without its content")
+    return head, read
 
 
 @dataclass(frozen=True)
@@ -917,10 +924,7 @@ class Entry:
     @classmethod
     def decode(cls, line: bytes) -> Entry:
         """Return the Entry of a line; FormatError where it has not two halves."""
-        head, tab, read = line.rstrip(b"\n").partition(b"\t")
-        if not tab:
-            raise FormatError("an entry without its content")
-        return cls(head, read)
+        return cls(*split_entry(line.rstrip(b"\n")))
 
 
 @dataclass(frozen=True)
@@ -934,10 +938,13 @@ class Block:
     @classmethod
     def decode(cls, digest: bytes, data: bytes) -> Block:
         """Return the Block in the bytes of a chunk; FormatError where a line has not two halves."""
-        halves = [line.partition(b"\t") for line in data.split(b"\n")[:-1]]
-        if not all(tab for _, tab, _ in halves):
-            raise FormatError("an entry without its content")
-        return cls(digest, [line for line, _, _ in halves], [read for _, _, read in halves])
+        halves = [split_entry(line) for line in data.split(b"\n")[:-1]]
+        return cls(digest, [line for line, _ in halves], [read for _, read in halves])
+
+    @functools.cached_property
+    def halves(self) -> tuple[bytes, bytes]:
+        """All lines joined, and all that was read: what one entry says without being decoded, these say of all."""
+        return b"\n".join(self.lines), b"\n".join(self.reads)
 
     def list_entries(self) -> Iterator[Entry]:
         """Yield its entries."""
@@ -7599,24 +7606,12 @@ class Tally:
         if len(self.problems) < PROBLEMS_KEPT:
             self.problems.append(Problem(show(path), show(message)))
 
-    def put(self, entry: Entry) -> None:
-        """Count an entry of the snapshot."""
-        kind = KIND_TOLD.search(entry.line)
-        name = kind.group(1) if kind else b""
-        if name == b"file":
-            size = SIZE_TOLD.match(entry.read)
-            self.counts["size"] += int(size.group(1)) if size else 0
-            grade = GRADE_TOLD.search(entry.read)
-            self.grades.add(grade.group(1).decode() if grade else "")
-        self.counts[{b"file": "files", b"directory": "folders"}.get(name, "others")] += 1
-
-    def put_block(self, block: Block) -> None:
-        """Count the entries of a whole block."""
-        lines, reads = b"\n".join(block.lines), b"\n".join(block.reads)
-        files, folders = (lines.count(b'","kind":"%s"' % kind) for kind in (b"file", b"directory"))
+    def put(self, lines: bytes, reads: bytes, count: int = 1) -> None:
+        """Count entries of the snapshot, given the halves of one, or of many, joined."""
+        files, folders = lines.count(b'","kind":"file"'), lines.count(b'","kind":"directory"')
         self.counts["files"] += files
         self.counts["folders"] += folders
-        self.counts["others"] += len(block.lines) - files - folders
+        self.counts["others"] += count - files - folders
         self.counts["size"] += sum(map(int, SIZE_TOLD.findall(reads)))
         self.grades.update(grade.decode() for grade in GRADE_TOLD.findall(reads))
 
@@ -7706,13 +7701,13 @@ class Intake:
 
     def put(self, entry: Entry) -> None:
         """Add the next entry of the snapshot."""
-        self.tally.put(entry)
+        self.tally.put(entry.line, entry.read)
         self.blocks.put(entry)
         self.seal_if_full()
 
     def put_block(self, block: Block) -> None:
         """Add the next block of the snapshot, which the store has."""
-        self.tally.put_block(block)
+        self.tally.put(*block.halves, len(block.lines))
         self.blocks.put_known(block.digest)
 
     def seal_if_full(self) -> None:
@@ -8073,7 +8068,7 @@ class Pull:
 
     def _is_block_unchanged(self, block: Block) -> bool:
         """Tell the same of a block, and that it would be cut where it ends."""
-        return ends_block(block.lines[-1]) and self._is_unchanged(b"\n".join(block.lines), b"\n".join(block.reads))
+        return ends_block(block.lines[-1]) and self._is_unchanged(*block.halves)
 
     def _decide_link(self, slot: Slot, key: tuple[int, int]) -> None:
         """Take the content of the file's other name, where that has been read in this pull."""
@@ -8248,19 +8243,22 @@ def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problem
             return  # `repair` has told of it
         note_once(problems, f"entries of the last snapshot are lost, and read anew: {error}")
 
+    def list_progress() -> Iterator[Block]:
+        yield from list_blocks(reader, progress.blocks, on_damage)
+        yield Block.decode(b"", b"".join(progress.tail))
+
     reached = b""
     with contextlib.suppress(FormatError):
-        tail = (Block.decode(b"", b"".join(lines)) for lines in (progress.tail,))
-        for block in itertools.chain(list_blocks(reader, progress.blocks, on_damage), tail):
+        for block in list_progress():
             reached = Entry(block.lines[-1], b"").key if block.lines else reached
             yield block
     for block in list_blocks(reader, last.blocks if last else (), on_damage):
-        after = [entry for entry in block.list_entries() if entry.key > reached] if reached else block.lines
-        if after and len(after) == len(block.lines):
+        past = sum(entry.key <= reached for entry in block.list_entries()) if reached else 0
+        if past:  # they come first
+            block = Block(b"", block.lines[past:], block.reads[past:])
+        elif block.lines:
             reached = b""  # all that follows is behind it, too
-            yield block
-        elif after:
-            yield Block(b"", block.lines[-len(after) :], block.reads[-len(after) :])
+        yield block
 
 
 class Copier:
@@ -9087,12 +9085,12 @@ class Latest:
         problems, unread = [], False
         try:
             for name in (*state.older, state.snapshot):
-                pairs = self._compare(self._blocks(name), snapshot)
-                found, unread = self._remove(writer, pairs, bool(snapshot.missing))
+                changed = without_common(self.reader, self._blocks(name), snapshot.blocks)
+                found, unread = self._remove(writer, self._compare(*changed), bool(snapshot.missing))
                 problems += found
             due = (
                 (right, left)
-                for left, right in self._compare(self._blocks(state.snapshot), snapshot)
+                for left, right in self._compare(*changed)  # with the last one, which it shows
                 if right and (left is None or not _looks_equal(left, right)) and not right.content.error
             )
             for entry, old in look_ahead(self.reader, due):
@@ -9106,11 +9104,10 @@ class Latest:
             self.folder.save_latest(LatestState(snapshot.name, older=older))
         return problems
 
-    def _compare(self, old: Sequence[bytes], snapshot: Snapshot) -> Iterator[tuple[Entry | None, Entry | None]]:
-        left, right = without_common(self.reader, old, snapshot.blocks)
+    def _compare(self, old: Sequence[bytes], new: Sequence[bytes]) -> Iterator[tuple[Entry | None, Entry | None]]:
         # Old entries that are lost count as absent: what is new is written all the same.
-        before = list_entries(self.reader, left, on_damage=lambda error: None)
-        return compare_entries(before, list_entries(self.reader, right))
+        before = list_entries(self.reader, old, on_damage=lambda error: None)
+        return compare_entries(before, list_entries(self.reader, new))
 
     def _remove(
         self, writer: FileWriter, pairs: Iterator[tuple[Entry | None, Entry | None]], everything_stays: bool
