@@ -2230,6 +2230,8 @@ class Peer:
         except zmq.Again:  # libzmq called it readable too early
             self.read_events()
             return None
+        if self._meter is None:
+            self.read_events()  # where answers never have to be waited for: the meter must not start after them
         if self._meter:
             self._meter.restart()
         self.received += sum(len(frame) for frame in frames)

@@ -223,6 +223,27 @@ def test_answers_come_in_order(wire: Wire) -> None:
         assert peer.received > 50 * 20
 
 
+def test_node_that_is_always_faster_than_the_server_sends_no_endless_message(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that came before the first wait for an answer was taken for one message that does not end."""
+    monkeypatch.setattr(zbackup, "UNFINISHED_LIMIT", 1 << 20)
+
+    def pad(node: FakeNode, frames: list[bytes], question: dict[str, Any]) -> None:
+        node.say(frames[0], LIST, question["number"], padding="x" * (1 << 18))
+
+    with talking(wire, pad) as (node, peer):
+        answers: list[Message] = []
+        for _ in range(12):
+            peer.ask(LIST, {}, answers.append)
+        wait_until(lambda: len(node.questions) == 12, what="12 questions answered")
+        time.sleep(0.3)  # until they wait here
+        for _ in range(12):
+            peer.step(5, 5)
+        assert len(answers) == 12
+        assert peer.receive(100) is None
+
+
 def test_silent_node_ends_the_wait(wire: Wire) -> None:
     with talking(wire, stay_silent) as (_, peer):
         started = time.monotonic()
