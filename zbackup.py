@@ -106,18 +106,19 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NoReturn, Union
 
 if TYPE_CHECKING:
     import ipaddress
     import socket
     import sqlite3
+    from multiprocessing.connection import Connection
 
     import zmq
 
 # Imported where they are used, for a quick start and `--help`: zmq, sqlite3,
-# datetime, fcntl, glob, grp, ipaddress, pwd, queue, secrets, shlex, socket,
-# subprocess, tempfile, time.
+# datetime, fcntl, glob, grp, ipaddress, multiprocessing, pwd, queue, secrets,
+# shlex, socket, subprocess, tempfile, time.
 
 
 # ==== 1. SETTINGS: every figure, its unit and why ====
@@ -916,6 +917,9 @@ class Entry:
     def key(self) -> bytes:
         """Where the entry stands in the order of a snapshot."""
         return path_key(self.stat.path)
+
+    def __reduce__(self) -> tuple[type[Entry], tuple[bytes, bytes]]:
+        return Entry, (self.line, self.read)  # to another process: not what was decoded
 
     def encode(self) -> bytes:
         """Return the line with its end."""
@@ -2798,6 +2802,16 @@ class Index:
             remove_index(self.path)
             self.path = ":memory:" if in_memory else self.path
             self._connection = self._open()
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Have no connection meanwhile: those of SQLite do not bear a fork."""
+        with self._locked():
+            self._connection.close()
+            try:
+                yield
+            finally:
+                self._connection = self._open()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -8492,6 +8506,11 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
 
 PUBLISH_FILES = 4096  # files written under temporary names before they are synced together
 PUBLISH_BYTES = 64 << 20
+MOST_WRITERS = 4  # processes that one restore begins by itself; it takes no more than there are processors
+PART_CHUNKS = 16  # of a file, written by one process; a larger one is shared out
+BATCH_FILES = 128  # made by one process at once, the places of their chunks looked up together
+BATCH_BYTES = 4 << 20
+QUEUED = 2  # jobs that each process has at most, so that it need not wait for the next one
 
 
 @dataclass(frozen=True)
@@ -8502,6 +8521,7 @@ class RestoreOptions:
     private: bool = False  # as `latest` is: the owner's bits alone, no owners, no xattrs
     token: str = ""  # makes temporary names that no file has; the same one finds them again
     numeric: bool = False  # owners by number, not by name
+    jobs: int = 1  # processes that write files
 
 
 def compare_entries(old: Iterator[Entry], new: Iterator[Entry]) -> Iterator[tuple[Entry | None, Entry | None]]:
@@ -8543,21 +8563,6 @@ def find_entries(entries: Iterable[Entry], paths: Sequence[bytes], above: bool =
             yield entry
 
 
-def look_ahead(reader: Reader, pairs: Iterable[tuple[Entry, Entry | None]]) -> Iterator[tuple[Entry, Entry | None]]:
-    """Yield entries, each with what stands in its place, once the places of their chunks are looked up together."""
-    group: list[tuple[Entry, Entry | None]] = []
-    digests: list[bytes] = []
-    for pair in pairs:
-        group.append(pair)
-        digests += list_named(pair[0].read)
-        if len(group) == 256 or len(digests) >= 1000:
-            reader.look_up(digests)
-            yield from group
-            group, digests = [], []
-    reader.look_up(digests)
-    yield from group
-
-
 def _write_sparse(fd: int, data: bytes, at: int) -> None:
     """Write what stands between pages of zeros."""
     view, zeros, first = memoryview(data), bytes(PAGE), 0
@@ -8569,26 +8574,63 @@ def _write_sparse(fd: int, data: bytes, at: int) -> None:
     write_at(fd, view[first:], at + first)
 
 
-def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> None:
-    """Write a file's content, every chunk checked (I5); holes where it is sparse."""
-    at = filled = 0
+@dataclass(frozen=True)
+class Part:
+    """Some chunks of a file, one after the other."""
+
+    at: int  # offset of the first one
+    chunks: list[bytes | int]  # a number for that many chunks of zeros
+    size: int  # of the whole file
+    sparse: bool
+
+    @property
+    def end(self) -> int:
+        """Where they end, if each is as long as its place needs."""
+        count = sum(chunk if isinstance(chunk, int) else 1 for chunk in self.chunks)
+        return min(self.at + count * CHUNK, self.size)
+
+
+def split_content(reader: Reader, content: Content, sparse: bool) -> Iterator[Part]:
+    """Yield a file's content in parts; StoreError after the last one where they are not all of it."""
+    part = Part(0, [], content.size, sparse)
     for chunk in list_chunks(reader, content):
+        if len(part.chunks) == PART_CHUNKS:
+            yield part
+            part = Part(part.end, [], content.size, sparse)
+        part.chunks.append(chunk)
+    yield part
+    if part.end != content.size:
+        raise StoreError(f"the chunks of the file have {part.end} bytes, not {content.size}")
+
+
+def write_part(reader: Reader, part: Part, fd: int) -> None:
+    """Write a part of a file, every chunk checked (I5), holes where it is sparse."""
+    at = part.at
+    for chunk in part.chunks:
         if isinstance(chunk, int):
-            at = min(at + chunk * CHUNK, content.size)  # a hole, whatever the file had there
+            at = min(at + chunk * CHUNK, part.size)  # a hole, whatever the file had there
             continue
         data = reader.get(chunk)
-        if len(data) != min(CHUNK, content.size - at):
+        if len(data) != min(CHUNK, part.size - at):
             raise StoreError(f"chunk {chunk.hex()} does not have the length that its file needs")
-        if sparse:
+        if part.sparse:
             _write_sparse(fd, data, at)
-            at += len(data)
         else:
             write_at(fd, data, at)
-            at = filled = at + len(data)
-    if at != content.size:
-        raise StoreError(f"the chunks of the file have {at} bytes, not {content.size}")
-    if filled < at:
-        os.ftruncate(fd, at)  # a hole at the end
+        at += len(data)
+
+
+def end_content(fd: int, size: int) -> None:
+    """Give a file whose parts are written its size: there may be a hole at its end."""
+    if os.fstat(fd).st_size < size:
+        os.ftruncate(fd, size)
+
+
+def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> None:
+    """Write a file's whole content."""
+    for part in split_content(reader, content, sparse):
+        write_part(reader, part, fd)
+    end_content(fd, content.size)
 
 
 def _read_stretches(reader: Reader, old: bytes, new: bytes, length: int) -> list[tuple[int, bytes]]:
@@ -8720,144 +8762,145 @@ class Attributes:
             except (OSError, AttributeError, ValueError):  # also of base64 and of characters
                 self._count(f"extended attribute {show(name)}")
 
-    def _count(self, what: str) -> None:
-        self.unset[what] = self.unset.get(what, 0) + 1
+    def _count(self, what: str, count: int = 1) -> None:
+        self.unset[what] = self.unset.get(what, 0) + count
+
+    def put_unset(self, unset: Mapping[str, int]) -> None:
+        """Count what could not be set elsewhere."""
+        for what, count in unset.items():
+            self._count(what, count)
 
 
-class FileWriter:
-    """Puts entries below one folder, in their order; a file is complete there or absent."""
+# ---- files under temporary names, made by this process or by others beside it ----
 
-    def __init__(self, reader: Reader, root: int, options: RestoreOptions) -> None:
+
+@dataclass(frozen=True)
+class Making:
+    """A whole file that is to be made."""
+
+    entry: Entry
+    temporary: bytes  # its name until it is complete and durable
+    old: Entry | None = None  # what stands in its place, where that is known to be so
+
+    def list_digests(self) -> list[bytes]:
+        """Return what will be read, or what only looks like it."""
+        return list_named(self.entry.read)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A part that is to be written into a file which has its temporary name already."""
+
+    path: bytes
+    temporary: bytes
+    part: Part
+
+    def list_digests(self) -> list[bytes]:
+        """Return what will be read."""
+        return [chunk for chunk in self.part.chunks if isinstance(chunk, bytes)]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A file whose parts are all written."""
+
+    entry: Entry
+    temporary: bytes
+
+
+Step = Union[Making, Filling, Ending]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a path could not be put."""
+
+    message: str
+    damaged: bool = False  # the store is at fault
+    number: int = 0  # errno
+
+
+def explain_failure(error: Exception) -> Failure:
+    """Return what an error means for the path that it was about."""
+    if isinstance(error, (StoreError, FormatError)):
+        return Failure(str(error), damaged=True)
+    if isinstance(error, FileExistsError):
+        return Failure("exists already and is left as it is; see --overwrite")
+    if isinstance(error, OSError):
+        return Failure(f"cannot be restored: {explain(error)}", number=error.errno or 0)
+    return Failure(f"cannot be restored: {error}")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of some steps."""
+
+    failures: Sequence[Failure | None]  # of each
+    unset: Mapping[str, int]  # as in Attributes
+
+
+def create_anew(temporary: bytes, folder: int) -> int:
+    """Create a file, in place of what a restore left that was killed; returns its descriptor."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(temporary, flags, 0o600, dir_fd=folder)
+    except FileExistsError:
+        os.unlink(temporary, dir_fd=folder)
+        return os.open(temporary, flags, 0o600, dir_fd=folder)
+
+
+class FileMaker:
+    """Makes files under temporary names, below one folder."""
+
+    def __init__(self, reader: Reader, folders: Folders, options: RestoreOptions) -> None:
         self.reader = reader
-        self.options = options
-        self.folders = Folders(root)
-        self.problems: list[Problem] = []
-        self.damaged = False  # whether the store is at fault
-        self.skipped = 0  # sockets, which their programs make
-        self.files = 0  # put
-        self.bytes = 0
-        self._token = options.token or os.urandom(16).hex()
-        self._due: list[tuple[bytes, bytes, Stat | None]] = []  # path and temporary name of a file, or a folder's Stat
-        self._due_names: dict[bytes, bytes] = {}  # of the files among them, for hard links
-        self._due_bytes = 0
-        self._synced: list[tuple[bytes, bytes, Stat | None]] = []  # the due ones before, which `_syncing` is about
-        self._syncing: Syncing | None = None
-        self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
-        self._made: bytes | None = None  # the folder that was made last
-        self._links = LinkTable()
+        self.folders = folders
         self._attributes = Attributes(options)
 
-    def put(self, entry: Entry, old: Entry | None = None) -> None:
-        """Put one entry; `old` is what stands there, where that is known to be so."""
+    def do(self, steps: Sequence[Making | Filling]) -> Made:
+        """Take some steps, the places of all their chunks looked up together; tells which failed."""
+        self.reader.look_up([digest for step in steps for digest in step.list_digests()])
+        failures = [self._attempt(step) for step in steps]
+        unset, self._attributes.unset = self._attributes.unset, {}
+        return Made(failures, unset)
+
+    def end(self, ending: Ending) -> Made:
+        """Make a file complete whose parts are written."""
+        failure = self._attempt(ending)
+        unset, self._attributes.unset = self._attributes.unset, {}
+        return Made([failure], unset)
+
+    def _attempt(self, step: Step) -> Failure | None:
         try:
-            path = entry.stat.path
-        except FormatError as error:
-            self.fail(b"", f"an entry is not as it should be: {error}", damaged=True)
-            return
-        while self._inside and not is_at_or_below(path, self._inside[-1].path):
-            self._leave_folder()
-        try:
-            self._put(entry, old)
-        except (StoreError, FormatError) as error:
-            self.fail(path, str(error), damaged=True)
-        except FileExistsError:
-            self.fail(path, "exists already and is left as it is; see --overwrite")
-        except (OSError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            self.fail(path, f"cannot be restored: {explain(error) if isinstance(error, OSError) else error}")
+            if isinstance(step, Making):
+                self.make(step)
+            elif isinstance(step, Filling):
+                self._fill(step)
+            else:
+                self._end(step)
+        except (StoreError, FormatError, OSError, OverflowError) as error:
+            return explain_failure(error)
+        return None
 
-    def fail(self, path: bytes, message: str, damaged: bool = False) -> None:
-        """Note what could not be put, and whether that is for damage in the store."""
-        self.damaged |= damaged
-        self.problems.append(Problem(show(path), show(message)))
-
-    def _put(self, entry: Entry, old: Entry | None) -> None:
-        stat, content = entry.stat, entry.content
-        if stat.kind == "directory":
-            self._put_folder(stat)
-        elif content.error or stat.error:
-            self.fail(stat.path, f"is not in this snapshot: {content.error or stat.error}")
-        elif stat.kind == "socket" or (self.options.private and stat.kind not in ("file", "symlink")):
-            self.skipped += 1  # made by its program at each start; `latest` is for files
-        else:
-            folder, name = self.folders.parent(stat.path, create=True)
-            if not (self.options.overwrite or self._is_new(stat.path, name)) and _exists(folder, name):
-                raise FileExistsError
-            temporary = self._name_temporary(name)
-            try:
-                self._make_anew(entry, old, temporary)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    self._unlink(stat.path, temporary)
-                raise
-            self._publish_later(stat.path, temporary, content.size)
-
-    def _unlink(self, path: bytes, temporary: bytes) -> None:
-        folder, _ = self.folders.parent(path)
-        os.unlink(temporary, dir_fd=folder)
-
-    def _make_anew(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
-        try:
-            self._make(entry, old, temporary)
-        except FileExistsError:  # left by a restore that was killed
-            self._unlink(entry.stat.path, temporary)
-            self._make(entry, old, temporary)
-
-    def _name_temporary(self, name: bytes) -> bytes:
-        digest = hashlib.sha256(self._token.encode() + name).hexdigest()
-        return f"{TEMPORARY}{digest[:24]}".encode("ascii")
-
-    def _make(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
-        stat = entry.stat
-        if stat.kind == "file":
-            if not self._link(stat, entry.read, temporary):
-                self._make_file(entry, old, temporary)
-                if stat.link_key:
-                    self._links.put(stat.link_key, stat.path + b"\0" + entry.read)
-            return
-        folder, _ = self.folders.parent(stat.path)
-        if stat.kind == "symlink":
-            os.symlink(stat.target, temporary, dir_fd=folder)
-        elif stat.kind == "fifo":
-            os.mkfifo(temporary, 0o600, dir_fd=folder)
-        else:
-            os.mknod(temporary, KIND_BITS[stat.kind] | 0o600, stat.rdev, dir_fd=folder)
-        self._attributes.set_other(folder, temporary, stat)
-
-    def _link(self, stat: Stat, read: bytes, temporary: bytes) -> bool:
-        """Make another name of a file put before; False where there is none, or of another content."""
-        known = self._links.get(stat.link_key) if stat.link_key and not self.options.private else None
-        first, _, content = (known or b"").partition(b"\0")
-        if known is None or content != read:
-            return False
-        first_folder, first_name = self.folders.parent(first)
-        first_name = self._due_names.get(first, first_name)
-        source = os.dup(first_folder)
-        try:
-            folder, _ = self.folders.parent(stat.path)
-            os.link(first_name, temporary, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
-        except OSError:
-            return False  # a filesystem without links, or the first name failed: a file of its own
-        finally:
-            os.close(source)
-        return True
-
-    def _make_file(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
-        stat, content = entry.stat, entry.content
+    def make(self, making: Making) -> None:
+        """Make a whole file; nothing is left of one that fails."""
+        stat, content = making.entry.stat, making.entry.content
         folder, name = self.folders.parent(stat.path)
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
+        fd = create_anew(making.temporary, folder)
         try:
-            base = self._open_base(old, folder, name)
-            try:
-                if base >= 0 and old:
-                    write_changes(self.reader, (old.content, content), base, fd)
-                else:
-                    write_content(self.reader, content, fd, stat.sparse)
-            finally:
-                if base >= 0:
+            base = self._open_base(making.old, folder, name)
+            if base >= 0 and making.old:
+                try:
+                    write_changes(self.reader, (making.old.content, content), base, fd)
+                finally:
                     os.close(base)
+            else:
+                write_content(self.reader, content, fd, stat.sparse)
             self._attributes.set_file(fd, stat, content)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(making.temporary, dir_fd=folder)
+            raise
         finally:
             os.close(fd)
 
@@ -8879,6 +8922,320 @@ class FileWriter:
         os.close(fd)
         return -1
 
+    def _open(self, path: bytes, temporary: bytes) -> int:
+        folder, _ = self.folders.parent(path)
+        return os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+
+    def _fill(self, filling: Filling) -> None:
+        fd = self._open(filling.path, filling.temporary)
+        try:
+            write_part(self.reader, filling.part, fd)
+        finally:
+            os.close(fd)
+
+    def _end(self, ending: Ending) -> None:
+        stat, content = ending.entry.stat, ending.entry.content
+        fd = self._open(stat.path, ending.temporary)
+        try:
+            end_content(fd, content.size)
+            self._attributes.set_file(fd, stat, content)
+        finally:
+            os.close(fd)
+
+
+def _serve_jobs(pipe: Connection, others: Sequence[Connection], start: Callable[[], Callable[[Any], Any]]) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal: the one that began them decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for other in others:
+        other.close()  # its own end among them: else it would not see the other end close
+    do: Callable[[Any], Any] | None = None
+    with contextlib.suppress(EOFError, ConnectionError):  # the other one has ended
+        while True:
+            job = pipe.recv()
+            try:
+                do = do or start()
+                result = do(job)
+            except Exception as error:  # a fault: the other one says so
+                result = Failure(f"{type(error).__name__}: {error}")
+            pipe.send(result)
+
+
+class Workers:
+    """Processes that do jobs beside this one; the results come in the order of the jobs.
+
+    They are forked: no thread may run when they are started.  They end when this one does, however it ends.
+    """
+
+    def __init__(self, count: int, start: Callable[[], Callable[[Any], Any]]) -> None:
+        import multiprocessing
+
+        fork = multiprocessing.get_context("fork")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        self._busy: deque[Connection] = deque()  # whose results are to come, the oldest first
+        for _ in range(count):
+            ours, theirs = fork.Pipe()
+            self._pipes.append(ours)
+            process = fork.Process(target=_serve_jobs, args=(theirs, tuple(self._pipes), start), daemon=True)
+            process.start()
+            self._processes.append(process)
+            theirs.close()
+
+    @property
+    def full(self) -> bool:
+        """Tell whether a result must be received before the next job is sent."""
+        return len(self._busy) >= QUEUED * len(self._pipes)
+
+    def send(self, job: object) -> None:
+        """Give a job to the next process in turn."""
+        pipe = self._pipes[0]
+        self._pipes.append(self._pipes.pop(0))
+        self._busy.append(pipe)
+        with self._noticing():
+            pipe.send(job)
+
+    def receive(self) -> Any:
+        """Return the result of the oldest job; RestoreError where its process failed."""
+        with self._noticing():
+            result = self._busy.popleft().recv()
+        if isinstance(result, Failure):
+            raise RestoreError(f"one of the processes that write files has failed: {result.message}")
+        return result
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            what = "one of the processes that write files was killed, perhaps for want of memory"
+            raise RestoreError(f"{what}; try it again with --jobs 1") from None
+
+    def close(self) -> None:
+        """End them, when each is done with what it is at."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join()
+
+
+@dataclass(frozen=True)
+class Due:
+    """A file that waits for its name, or a folder for its attributes."""
+
+    path: bytes
+    temporary: bytes = b""
+    size: int = 0  # bytes
+    folder: Stat | None = None
+    step: Step | None = None  # to be taken before
+
+
+def start_workers(maker: FileMaker, options: RestoreOptions) -> Workers:
+    """Start processes that take steps as `maker` does."""
+    reader, root = maker.reader, maker.folders.root
+
+    def start() -> Callable[[Sequence[Making | Filling]], Made]:
+        own = Reader(reader.packs, Index(reader.index.path), reader.lost)
+        return FileMaker(own, Folders(root), options).do
+
+    with reader.index.closed():
+        return Workers(options.jobs, start)
+
+
+class StepQueue:
+    """Has steps taken, here or by workers, and hands on what they were for in the order in which it came."""
+
+    def __init__(
+        self, maker: FileMaker, attributes: Attributes, hand_on: Callable[[Due, Failure | None], None]
+    ) -> None:
+        self._maker = maker
+        self._attributes = attributes  # which counts what could not be set
+        self._hand_on = hand_on
+        self._waiting: list[Due] = []
+        self._size = 0  # bytes of these
+        self._sent: deque[Sequence[Due]] = deque()
+        self._workers: Workers | None = None
+
+    def put(self, due: Due) -> None:
+        """Add the next one."""
+        self._waiting.append(due)
+        self._size += due.size
+        if len(self._waiting) >= BATCH_FILES or self._size >= BATCH_BYTES:
+            if self._attributes.options.jobs > 1 and self._workers is None:  # for less they do not pay
+                self._workers = start_workers(self._maker, self._attributes.options)
+            self._send()
+
+    def _send(self) -> None:
+        while self._workers and self._workers.full:
+            self._take(self._workers.receive())
+        due, self._waiting, self._size = self._waiting, [], 0
+        self._sent.append(due)
+        steps = [one.step for one in due if isinstance(one.step, (Making, Filling))]
+        if self._workers:
+            self._workers.send(steps)
+        else:
+            self._take(self._maker.do(steps))
+
+    def _take(self, made: Made) -> None:
+        """Hand on what the oldest steps were for."""
+        self._attributes.put_unset(made.unset)
+        failures = iter(made.failures)
+        for due in self._sent[0]:
+            self._hand_on(due, next(failures) if isinstance(due.step, (Making, Filling)) else None)
+        self._sent.popleft()
+
+    def finish(self) -> None:
+        """Hand on all."""
+        self._send()
+        while self._sent and self._workers:
+            self._take(self._workers.receive())
+
+    def close(self) -> Iterator[Due]:
+        """End the workers; returns what was not handed on."""
+        if self._workers:
+            self._workers.close()
+        return itertools.chain(*self._sent, self._waiting)
+
+
+class FileWriter:
+    """Puts entries below one folder, in their order; a file is complete there or absent."""
+
+    def __init__(self, reader: Reader, root: int, options: RestoreOptions) -> None:
+        self.reader = reader
+        self.options = options
+        self.folders = Folders(root)
+        self.problems: list[Problem] = []
+        self.damaged = False  # whether the store is at fault
+        self.skipped = 0  # sockets, which their programs make
+        self.files = 0  # put
+        self.bytes = 0
+        self._token = options.token or os.urandom(16).hex()
+        self._due: list[Due] = []
+        self._due_names: dict[bytes, bytes] = {}  # of the files with several names, made but not there yet
+        self._due_bytes = 0
+        self._synced: list[Due] = []  # the due ones before, which `_syncing` is about
+        self._syncing: Syncing | None = None
+        self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
+        self._made: bytes | None = None  # the folder that was made last
+        self._links = LinkTable()
+        self._attributes = Attributes(options)
+        self._maker = FileMaker(reader, self.folders, options)
+        self._queue = StepQueue(self._maker, self._attributes, self._hand_on)
+        self._failed_parts: dict[bytes, Failure] = {}  # by path, of files whose other parts are not done yet
+
+    def put(self, entry: Entry, old: Entry | None = None) -> None:
+        """Put one entry; `old` is what stands there, where that is known to be so."""
+        try:
+            path = entry.stat.path
+        except FormatError as error:
+            self.fail(b"", f"an entry is not as it should be: {error}", damaged=True)
+            return
+        while self._inside and not is_at_or_below(path, self._inside[-1].path):
+            self._leave_folder()
+        try:
+            self._put(entry, old)
+        except (StoreError, FormatError, OSError, OverflowError) as error:
+            self._note(path, explain_failure(error))
+
+    def _note(self, path: bytes, failure: Failure) -> None:
+        if failure.number in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(failure.number, os.strerror(failure.number))
+        self.fail(path, failure.message, failure.damaged)
+
+    def fail(self, path: bytes, message: str, damaged: bool = False) -> None:
+        """Note what could not be put, and whether that is for damage in the store."""
+        self.damaged |= damaged
+        self.problems.append(Problem(show(path), show(message)))
+
+    def _put(self, entry: Entry, old: Entry | None) -> None:
+        stat, content = entry.stat, entry.content
+        if stat.kind == "directory":
+            self._put_folder(stat)
+        elif content.error or stat.error:
+            self.fail(stat.path, f"is not in this snapshot: {content.error or stat.error}")
+        elif stat.kind == "socket" or (self.options.private and stat.kind not in ("file", "symlink")):
+            self.skipped += 1  # made by its program at each start; `latest` is for files
+        else:
+            folder, name = self.folders.parent(stat.path, create=True)
+            if not (self.options.overwrite or self._is_new(stat.path, name)) and _exists(folder, name):
+                raise FileExistsError
+            self._make(entry, old, self._name_temporary(name))
+
+    def _name_temporary(self, name: bytes) -> bytes:
+        digest = hashlib.sha256(self._token.encode() + name).hexdigest()
+        return f"{TEMPORARY}{digest[:24]}".encode("ascii")
+
+    def _make(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
+        """Make what goes fast, or must be there for what follows; the rest is left to the queue."""
+        stat, size = entry.stat, entry.content.size
+        step: Step | None = None
+        try:
+            if stat.kind != "file":
+                self._make_other(stat, temporary)
+            elif stat.link_key and not self.options.private:
+                self._make_linked(entry, stat.link_key, temporary)
+            elif size > PART_CHUNKS * CHUNK and old is None and self.options.jobs > 1:
+                self._fill(entry, temporary)
+                step = Ending(entry, temporary)
+            else:
+                step = Making(entry, temporary, old)
+        except BaseException:
+            self._unlink(stat.path, temporary)
+            raise
+        self._queue.put(Due(stat.path, temporary, size, step=step))
+
+    def _unlink(self, path: bytes, temporary: bytes) -> None:
+        with contextlib.suppress(OSError):
+            folder, _ = self.folders.parent(path)
+            os.unlink(temporary, dir_fd=folder)
+
+    def _make_other(self, stat: Stat, temporary: bytes) -> None:
+        self._unlink(stat.path, temporary)  # left by a restore that was killed
+        folder, _ = self.folders.parent(stat.path)
+        if stat.kind == "symlink":
+            os.symlink(stat.target, temporary, dir_fd=folder)
+        elif stat.kind == "fifo":
+            os.mkfifo(temporary, 0o600, dir_fd=folder)
+        else:
+            os.mknod(temporary, KIND_BITS[stat.kind] | 0o600, stat.rdev, dir_fd=folder)
+        self._attributes.set_other(folder, temporary, stat)
+
+    def _make_linked(self, entry: Entry, key: tuple[int, int], temporary: bytes) -> None:
+        """Make a file with several names: at once, since the next name may follow."""
+        stat = entry.stat
+        self._unlink(stat.path, temporary)  # left by a restore that was killed
+        if not self._link(entry, self._links.get(key) or b"", temporary):
+            self._maker.make(Making(entry, temporary))
+            self._links.put(key, stat.path + b"\0" + entry.read)
+        self._due_names[stat.path] = temporary
+
+    def _fill(self, entry: Entry, temporary: bytes) -> None:
+        """Have a large file written in parts, side by side."""
+        stat, content = entry.stat, entry.content
+        folder, _ = self.folders.parent(stat.path)
+        os.close(create_anew(temporary, folder))
+        for part in split_content(self.reader, content, stat.sparse):
+            filling = Filling(stat.path, temporary, part)
+            self._queue.put(Due(stat.path, temporary, CHUNK * len(filling.list_digests()), step=filling))
+
+    def _link(self, entry: Entry, known: bytes, temporary: bytes) -> bool:
+        """Make another name of a file put before; False where there is none, or of another content."""
+        first, _, content = known.partition(b"\0")
+        if content != entry.read:
+            return False
+        first_folder, first_name = self.folders.parent(first)
+        first_name = self._due_names.get(first, first_name)
+        source = os.dup(first_folder)
+        try:
+            folder, _ = self.folders.parent(entry.stat.path)
+            os.link(first_name, temporary, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
+        except OSError:
+            return False  # a filesystem without links, or the first name failed: a file of its own
+        finally:
+            os.close(source)
+        return True
+
     def _put_folder(self, stat: Stat) -> None:
         folder, name = self.folders.parent(stat.path, create=True)
         existed = _exists(folder, name)
@@ -8893,17 +9250,34 @@ class FileWriter:
 
     def _leave_folder(self) -> None:
         stat = self._inside.pop()
-        self._publish_later(stat.path, b"", 0, stat)
+        self._queue.put(Due(stat.path, folder=stat))
 
     # -- names --
 
-    def _publish_later(self, path: bytes, temporary: bytes, size: int, folder: Stat | None = None) -> None:
-        self._due.append((path, temporary, folder))
-        if folder is None:
-            self._due_names[path] = temporary
-        self._due_bytes += size
-        self.files += folder is None
-        self.bytes += size
+    def _hand_on(self, due: Due, failure: Failure | None) -> None:
+        """Give what is made its name later."""
+        if isinstance(due.step, Filling):
+            if failure:
+                self._failed_parts[due.path] = failure
+            return
+        if isinstance(due.step, Ending):
+            failure = self._failed_parts.pop(due.path, None) or self._end(due.step)
+        if failure:
+            self._unlink(due.path, due.temporary)
+            self._note(due.path, failure)
+        else:
+            self._publish_later(due)
+
+    def _end(self, ending: Ending) -> Failure | None:
+        made = self._maker.end(ending)
+        self._attributes.put_unset(made.unset)
+        return made.failures[0]
+
+    def _publish_later(self, due: Due) -> None:
+        self._due.append(due)
+        self._due_bytes += due.size
+        self.files += due.folder is None
+        self.bytes += due.size
         if len(self._due) >= PUBLISH_FILES or self._due_bytes >= PUBLISH_BYTES:
             self._publish_synced()
             self._take_due()
@@ -8917,16 +9291,16 @@ class FileWriter:
         if self._syncing:
             self._syncing.wait()  # where it fails, nothing of it is ever published
         self._syncing = None
-        for path, temporary, stat in self._synced:
-            self._due_names.pop(path, None)
+        for due in self._synced:
+            self._due_names.pop(due.path, None)
             try:
-                if stat:
-                    self._attributes.set_folder(self.folders.open(stat.path), stat)
+                if due.folder:
+                    self._attributes.set_folder(self.folders.open(due.path), due.folder)
                 else:
-                    self._publish(path, temporary)
+                    self._publish(due.path, due.temporary)
             except OSError as error:
-                what = "its owner, mode or time cannot be set" if stat else "cannot be put at its place"
-                self.fail(path, f"{what}: {explain(error)}")
+                what = "its owner, mode or time cannot be set" if due.folder else "cannot be put at its place"
+                self.fail(due.path, f"{what}: {explain(error)}")
         self._synced = []  # at the end: what an interruption keeps from its name is removed by `close`
 
     def _publish(self, path: bytes, temporary: bytes) -> None:
@@ -8943,6 +9317,7 @@ class FileWriter:
         """Publish all and make it durable."""
         while self._inside:
             self._leave_folder()
+        self._queue.finish()
         self._publish_synced()
         sync_filesystem(self.folders.root)
         self._take_due()
@@ -8956,10 +9331,9 @@ class FileWriter:
         """Close all; what is not published is removed."""
         if self._syncing:
             self._syncing.join()
-        for path, temporary, stat in (*self._synced, *self._due):
-            if stat is None:
-                with contextlib.suppress(OSError):
-                    self._unlink(path, temporary)
+        for due in (*self._queue.close(), *self._synced, *self._due):
+            if due.folder is None:
+                self._unlink(due.path, due.temporary)
         self._links.close()
         self.folders.close()
 
@@ -8982,7 +9356,7 @@ def restore_snapshot(
 
     try:
         entries = find_entries(list_entries(reader, snapshot.blocks, on_damage), paths, above=True)
-        for entry, _ in look_ahead(reader, ((entry, None) for entry in entries)):
+        for entry in entries:
             writer.put(entry)
             if missing:
                 missing -= {path for path in missing if is_at_or_below(entry.stat.path, path)}
@@ -9095,7 +9469,7 @@ class Latest:
                 for left, right in self._compare(*changed)  # with the last one, which it shows
                 if right and (left is None or not _looks_equal(left, right)) and not right.content.error
             )
-            for entry, old in look_ahead(self.reader, due):
+            for entry, old in due:
                 writer.put(entry, old)
             writer.finish()
         finally:
@@ -10668,7 +11042,7 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_restore(args: argparse.Namespace) -> int:
     """Restore files."""
-    options = RestoreOptions(overwrite=args.overwrite, numeric=args.numeric_ids)
+    options = RestoreOptions(overwrite=args.overwrite, numeric=args.numeric_ids, jobs=args.jobs)
     with contextlib.closing(open_command(args)) as store:
         snapshot = find_snapshot(find_node(store, args.node), args.at, make_clock().now())
         reader = store.reader()
@@ -11139,6 +11513,13 @@ def add_check_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_check_flags(command, [("--json", "print JSON")])
 
 
+def count_processors() -> int:
+    """Return how many processors a restore may use; one where processes cannot be forked."""
+    if not hasattr(os, "sched_getaffinity"):  # as on macOS, where forking is not safe
+        return 1
+    return min(len(os.sched_getaffinity(0)), MOST_WRITERS)
+
+
 TABLE_SIZE = "/proc/sys/net/ipv4/neigh/default/gc_thresh3"  # of Linux; containers do not see it
 
 
@@ -11252,6 +11633,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--quiet", "print problems only"),
     ]
     add_switches(command, switches)
+    add_values(command, [("--jobs", parse_count, count_processors(), "processes that write files side by side")])
     command = add("cat", run_cat, "Write one file of a node to standard output.")
     add_version_flags(command)
     command.add_argument("path", metavar="PATH", help="the file")

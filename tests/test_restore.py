@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, halted, make_database, rewrite
+from conftest import FOLDER, PROGRAM, World, halted, make_database, rewrite, wait_until
 
 import zbackup
 
@@ -84,7 +84,7 @@ def run_as_nobody(arguments: list[str], cwd: Path, env: dict[str, str]) -> subpr
     """Run a command as nobody, who may not even start our Python: it is started first, then given away."""
     script = (
         "import sys; sys.path.insert(0, sys.argv.pop(1))\n"
-        "import ast, contextlib, importlib, os, zbackup\n"
+        "import ast, contextlib, importlib, multiprocessing.connection, multiprocessing.popen_fork, os, zbackup\n"
         "zbackup.load_zstd()\n"
         "for node in ast.walk(ast.parse(open(zbackup.__file__).read())):\n"
         "    for name in [alias.name for alias in node.names] if isinstance(node, ast.Import) else []:\n"
@@ -581,7 +581,7 @@ def interrupt_restore(world: World, number: int, event: str = "os.utime", count:
         entries.append((describe(f"d{folder}", "directory"), None))
         entries += [(describe(f"d{folder}/f{i}"), MANY) for i in range(3)]
     make_snapshot(world.store, entries)
-    with halted(world, event, count, "restore", FOLDER, "--to", "restored") as process:
+    with halted(world, event, count, "restore", FOLDER, "--to", "restored", "--jobs", "1") as process:
         assert list((world.path / "restored").rglob(zbackup.TEMPORARY + "*"))
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
@@ -1064,3 +1064,172 @@ def test_restore_writes_a_sparse_file_between_its_pages_of_zeros(
         written = out.seek(0, os.SEEK_END) and os.fstat(out.fileno()).st_blocks * 512
     assert len(calls) == len([run for run in what.replace("y", "x").split("-") if run])
     assert written <= zbackup.PAGE * len(what.replace("-", ""))
+
+
+# ---- several processes ----
+
+PART = zbackup.PART_CHUNKS * MIB
+
+
+def describe_crowd() -> list[tuple[zbackup.Stat, Any]]:
+    """Return entries for more than one batch: small files, files of several parts, links, folders, holes."""
+    noise = random.Random(5).randbytes(PART + MIB + 5)
+    hole = (zbackup.PART_CHUNKS + 3, 1)
+    entries: list[tuple[zbackup.Stat, Any]] = [(describe("a", "directory"), None)]
+    entries += [(describe(f"a/f{i:03}", mtime=NOON + i), b"%d" % i) for i in range(300)]
+    entries += [
+        (describe("a/links", "directory", mode=0o555), None),
+        (describe("a/links/one", links=2, device=1, inode=7), b"the same"),
+        (describe("a/links/other", links=2, device=1, inode=7), b"the same"),
+        (describe("a/links/to", "symlink", target=b"one"), None),
+        (describe("large"), noise),
+        (describe("large2", mode=0o4755), noise[::-1]),
+        (describe("nothing"), b""),
+        (describe("sparse", size=sum(hole) * MIB - 9, sparse=True), zbackup.Content(sum(hole) * MIB - 9, hole)),
+        (describe("zeros"), bytes(PART) + noise[: MIB + 1]),
+    ]
+    return entries
+
+
+def look_at(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what a restore should bring back, of all paths below a folder."""
+    return {str(found.relative_to(path)): picture(found) for found in path.rglob("*")}
+
+
+def restore_crowd(world: World, snapshot: zbackup.Snapshot, jobs: int = 2) -> zbackup.FileWriter:
+    """Restore it in this process and some that it forks."""
+    opened = contextlib.closing(zbackup.open_store(str(world.store)))
+    with opened as store, contextlib.closing(store.reader()) as reader:
+        options = zbackup.RestoreOptions(jobs=jobs)
+        return zbackup.restore_snapshot(reader, snapshot, [], str(world.path / "restored"), options)
+
+
+def count_children() -> int:
+    return len(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
+
+
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_restore_by_several_processes_is_the_same(world: World, jobs: int) -> None:
+    make_snapshot(world.store, describe_crowd())
+    one = look_at(world.restore("--jobs", "1", to="one"))
+    assert len(one) == 310 and one["a/links/one"]["links"] == 2
+    assert one["a"]["mtime"] == NOON and one["a/f017"]["mtime"] == NOON + 17  # a folder's time, after all in it
+    assert look_at(world.restore("--jobs", str(jobs), to="some")) == one
+    assert (world.path / "some/sparse").stat().st_blocks == 0
+
+
+def test_restore_by_several_processes_has_them_do_the_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(world.store, describe_crowd())
+    owners = world.path / "owners"
+    real = zbackup.FileMaker.do
+
+    def do(maker: zbackup.FileMaker, steps: Any) -> Any:
+        with owners.open("a") as file:
+            file.write(f"{os.getpid()}\n" * bool(steps))
+        return real(maker, steps)
+
+    monkeypatch.setattr(zbackup.FileMaker, "do", do)
+    done = restore_crowd(world, snapshot)
+    assert (done.problems, done.files) == ([], 308)
+    found = owners.read_text().split()
+    assert len(set(found)) == 2 and str(os.getpid()) not in found
+    assert count_children() == 0
+
+
+def test_restore_of_few_files_forks_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(world.store, describe_crowd()[:90])
+    monkeypatch.setattr(os, "fork", None)
+    assert restore_crowd(world, snapshot).files == 89
+
+
+def test_restore_by_several_processes_names_what_is_damaged(world: World) -> None:
+    entries = describe_crowd()
+    lost = bytes(32)
+    size = PART + 2 * MIB
+    known = zbackup.Content(size, (*[1] * zbackup.PART_CHUNKS, lost, 1))
+    early = zbackup.Content(size, (lost, *[1] * (zbackup.PART_CHUNKS + 1)))
+    short = zbackup.Content(size, (*[1] * zbackup.PART_CHUNKS, 1))
+    listless = zbackup.Content(size, (), (lost,))
+    entries[5] = entries[5][0], zbackup.Content(4, (lost,))
+    for name, content in (("w1", known), ("w2", early), ("w3", short), ("w4", listless)):
+        entries.append((describe(name, size=size), content))
+    entries.append((describe("z"), b"after all of them"))
+    make_snapshot(world.store, entries)
+    said = [world.run("restore", FOLDER, "--to", f"back{jobs}", "--jobs", jobs, code=4).stderr for jobs in "12"]
+    assert sorted(said[1].splitlines()) == sorted(said[0].splitlines())
+    for name in ("a/f004", "w1", "w2", "w4"):
+        assert f"zbackup: {name}: the store has no chunk {lost.hex()}" in said[1]
+    assert f"zbackup: w3: the chunks of the file have {PART + MIB} bytes, not {size}" in said[1]
+    back = world.path / "back2"
+    assert look_at(back) == look_at(world.path / "back1")
+    assert (back / "z").read_bytes() == b"after all of them" and not list(back.rglob(zbackup.TEMPORARY + "*"))
+
+
+def test_restore_whose_helper_is_killed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(world.store, describe_crowd())
+    monkeypatch.setattr(zbackup.FileMaker, "do", lambda maker, steps: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(zbackup.RestoreError, match="was killed, perhaps for want of memory; try it again with --jobs"):
+        restore_crowd(world, snapshot)
+    assert set(list_tree(world.path / "restored").values()) == {"folder"}
+    assert count_children() == 0
+
+
+def test_restore_whose_helper_has_a_fault(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(world.store, describe_crowd())
+    monkeypatch.setattr(zbackup.FileMaker, "do", lambda maker, steps: steps[1 << 20])
+    with pytest.raises(zbackup.RestoreError, match="has failed: IndexError: list index out of range"):
+        restore_crowd(world, snapshot)
+    assert count_children() == 0
+
+
+def list_helpers(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_restore_by_several_processes_ends_with_all_of_them(world: World, number: int) -> None:
+    make_snapshot(world.store, describe_crowd())
+    with halted(world, "os.link", 3, "restore", FOLDER, "--to", "restored", "--jobs", "2") as process:
+        helpers = list_helpers(process.pid)
+        assert len(helpers) == 2
+        for pid in [*helpers, process.pid] if number == signal.SIGINT else [process.pid]:  # as a terminal does
+            os.kill(pid, number)
+        process.send_signal(signal.SIGCONT)
+        _, said = process.communicate(timeout=60)
+        wait_until(lambda: not any(map(is_running, helpers)), what="the end of the helpers")
+    back = world.path / "restored"
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert (process.returncode, said) == (130, "zbackup: interrupted\n")
+        assert list(back.rglob(zbackup.TEMPORARY + "*")) == []
+    whole = look_at(world.restore("--jobs", "2", to="whole"))
+    there = {name: found for name, found in look_at(back).items() if "content" in found}
+    named = {name: found for name, found in there.items() if zbackup.TEMPORARY not in name}
+    assert named and named == {name: whole[name] for name in named}
+    assert look_at(world.restore("--jobs", "2", "--overwrite")) == whole
+
+
+@needs_root
+@pytest.mark.parametrize("what", ["many", "large"])
+def test_restore_by_several_processes_disk_full(world: World, what: str) -> None:
+    noise = random.Random(6).randbytes(6 * MIB)
+    files = {"large": [(describe("b"), noise * 4)], "many": [(describe(f"b{i:03}"), noise) for i in range(200)]}
+    make_snapshot(world.store, [(describe("a"), b"fits"), *files[what]])
+    small = world.path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(small)]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        done = world.run("restore", FOLDER, "--to", "small/restored", "--jobs", "2", code=1)
+        assert done.stderr == "zbackup: small/restored: No space left on device\n"
+        left = [path for path in (small / "restored").iterdir() if path.name != "a"]
+        assert all(path.read_bytes() == noise for path in left)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
