@@ -886,6 +886,11 @@ def decode_content(data: bytes) -> Content:
 # What an entry says, found without decoding it.
 SIZE_TOLD = re.compile(rb'\{"size":(\d+)')
 GRADE_TOLD = re.compile(rb'"grade":"(\w+)"')
+PLAIN_FILE = re.compile(  # one name, and nothing of RARE; no character that JSON escapes
+    rb'\{"path":"([ !#-\[\]-\x7f]+)","kind":"file","mode":\d+,"uid":\d+,"gid":\d+,"user":"[^"\\]*","group":"[^"\\]*"'
+    rb',"size":\d+,"mtime":-?\d+,"ctime":\d+,"inode":\d+\}'
+)
+PLAIN_CONTENT = re.compile(rb'\{"size":(\d{1,7}),"chunks":\["[0-9a-f]{64}"\],"grade":"\w+"\}')
 
 
 def split_entry(line: bytes) -> tuple[bytes, bytes]:
@@ -917,6 +922,15 @@ class Entry:
     def key(self) -> bytes:
         """Where the entry stands in the order of a snapshot."""
         return path_key(self.stat.path)
+
+    @property
+    def plain(self) -> tuple[bytes, int] | None:
+        """Path and size of a file of one chunk about which nothing is rare; None for all else.
+
+        Found without decoding: what else the entry says may still be wrong.
+        """
+        line, read = PLAIN_FILE.fullmatch(self.line), PLAIN_CONTENT.fullmatch(self.read)
+        return (decode_path(str(line[1], "ascii")), int(read[1])) if line and read else None
 
     def __reduce__(self) -> tuple[type[Entry], tuple[bytes, bytes]]:
         return Entry, (self.line, self.read)  # to another process: not what was decoded
@@ -9127,14 +9141,18 @@ class FileWriter:
     def put(self, entry: Entry, old: Entry | None = None) -> None:
         """Put one entry; `old` is what stands there, where that is known to be so."""
         try:
-            path = entry.stat.path
+            path, size = entry.plain or (entry.stat.path, -1)
         except FormatError as error:
             self.fail(b"", f"an entry is not as it should be: {error}", damaged=True)
             return
         while self._inside and not is_at_or_below(path, self._inside[-1].path):
             self._leave_folder()
         try:
-            self._put(entry, old)
+            if size < 0:
+                self._put(entry, old)
+            else:
+                temporary = self._take_place(path)
+                self._queue.put(Due(path, temporary, size, step=Making(entry, temporary, old)))
         except (StoreError, FormatError, OSError, OverflowError) as error:
             self._note(path, explain_failure(error))
 
@@ -9157,12 +9175,13 @@ class FileWriter:
         elif stat.kind == "socket" or (self.options.private and stat.kind not in ("file", "symlink")):
             self.skipped += 1  # made by its program at each start; `latest` is for files
         else:
-            folder, name = self.folders.parent(stat.path, create=True)
-            if not (self.options.overwrite or self._is_new(stat.path, name)) and _exists(folder, name):
-                raise FileExistsError
-            self._make(entry, old, self._name_temporary(name))
+            self._make(entry, old, self._take_place(stat.path))
 
-    def _name_temporary(self, name: bytes) -> bytes:
+    def _take_place(self, path: bytes) -> bytes:
+        """Return the temporary name for a path; FileExistsError where something stands at its place."""
+        folder, name = self.folders.parent(path, create=True)
+        if not (self.options.overwrite or self._is_new(path, name)) and _exists(folder, name):
+            raise FileExistsError
         digest = hashlib.sha256(self._token.encode() + name).hexdigest()
         return f"{TEMPORARY}{digest[:24]}".encode("ascii")
 

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import pickle
 import random
 import sys
 import tracemalloc
@@ -494,6 +495,51 @@ def test_entry_round_trip(stat: z.Stat, content: z.Content) -> None:
     entry = z.Entry.decode(z.Entry(z.encode_stat(stat), z.encode_content(content)).encode())
     assert (entry.stat, entry.content) == (stat, content)
     assert entry.key == z.path_key(stat.path)
+
+
+PLAIN = z.Stat(b"a/file", "file", 0o644, 1, 2, "user", "group", 70, -5, 6, 7)
+ONE_CHUNK = z.Content(70, (bytes(32),), (), "stable")
+
+
+def make_entry(stat: z.Stat, content: z.Content) -> z.Entry:
+    return z.Entry(z.encode_stat(stat), z.encode_content(content))
+
+
+@QUICK
+@given(paths, words, st.integers(1, z.CHUNK))
+def test_entry_that_is_plain_says_what_it_says_decoded(path: bytes, name: str, size: int) -> None:
+    entry = make_entry(replace(PLAIN, path=path, user=name), replace(ONE_CHUNK, size=size))
+    assert entry.plain in (None, (path, size))
+
+
+def test_entry_is_plain_where_nothing_is_rare() -> None:
+    assert make_entry(PLAIN, ONE_CHUNK).plain == (b"a/file", 70)
+    rare = dict(zip(z.RARE, (b"x", 1, 1, True, True, (1, 2), True, {"user.a": "YQ=="}, "unreadable")))
+    strange = [{name: value} for name, value in rare.items()]
+    strange += [{"links": 2}, {"kind": "fifo"}, {"path": b'"'}, {"path": b"\\"}, {"path": "ü".encode()}, {"user": '"'}]
+    for fields in strange:
+        assert make_entry(replace(PLAIN, **fields), ONE_CHUNK).plain is None, fields
+    for fields in (
+        {"chunks": ()},
+        {"chunks": (1,)},
+        {"chunks": (bytes(32), bytes(32))},
+        {"error": "gone"},
+        {"grade": ""},
+    ):
+        assert make_entry(PLAIN, replace(ONE_CHUNK, **fields)).plain is None, fields
+
+
+def test_entry_that_is_plain_but_leads_elsewhere() -> None:
+    line = z.encode_stat(PLAIN).replace(b"a/file", b"../file")
+    with pytest.raises(z.FormatError, match="not plain"):
+        print(z.Entry(line, z.encode_content(ONE_CHUNK)).plain)
+
+
+def test_entry_goes_to_another_process_undecoded() -> None:
+    entry = make_entry(PLAIN, ONE_CHUNK)
+    assert entry.stat == PLAIN and entry.content == ONE_CHUNK
+    again = pickle.loads(pickle.dumps(entry))
+    assert again == entry and set(vars(again)) == {"line", "read"}
 
 
 def test_entry_without_content() -> None:
