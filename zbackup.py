@@ -8980,6 +8980,7 @@ class Workers:
     """Processes that do jobs beside this one; the results come in the order of the jobs.
 
     They are forked: no thread may run when they are started.  They end when this one does, however it ends.
+    Raises OSError where there may be no more processes.
     """
 
     def __init__(self, count: int, start: Callable[[], Callable[[Any], Any]]) -> None:
@@ -8989,13 +8990,17 @@ class Workers:
         self._pipes: list[Connection] = []
         self._processes = []
         self._busy: deque[Connection] = deque()  # whose results are to come, the oldest first
-        for _ in range(count):
-            ours, theirs = fork.Pipe()
-            self._pipes.append(ours)
-            process = fork.Process(target=_serve_jobs, args=(theirs, tuple(self._pipes), start), daemon=True)
-            process.start()
-            self._processes.append(process)
-            theirs.close()
+        try:
+            for _ in range(count):
+                ours, theirs = fork.Pipe()
+                self._pipes.append(ours)
+                process = fork.Process(target=_serve_jobs, args=(theirs, tuple(self._pipes), start), daemon=True)
+                process.start()
+                self._processes.append(process)
+                theirs.close()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def full(self) -> bool:
@@ -9069,6 +9074,7 @@ class StepQueue:
         self._waiting: list[Due] = []
         self._size = 0  # bytes of these
         self._sent: deque[Sequence[Due]] = deque()
+        self._to_start = attributes.options.jobs > 1
         self._workers: Workers | None = None
 
     def put(self, due: Due) -> None:
@@ -9076,8 +9082,10 @@ class StepQueue:
         self._waiting.append(due)
         self._size += due.size
         if len(self._waiting) >= BATCH_FILES or self._size >= BATCH_BYTES:
-            if self._attributes.options.jobs > 1 and self._workers is None:  # for less they do not pay
-                self._workers = start_workers(self._maker, self._attributes.options)
+            if self._to_start:  # for less they do not pay
+                self._to_start = False
+                with contextlib.suppress(OSError):  # there may be no more processes: then without
+                    self._workers = start_workers(self._maker, self._attributes.options)
             self._send()
 
     def _send(self) -> None:

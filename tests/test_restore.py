@@ -1142,6 +1142,23 @@ def test_restore_of_few_files_forks_nothing(world: World, monkeypatch: pytest.Mo
     assert restore_crowd(world, snapshot).files == 89
 
 
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_restore_where_no_more_processes_may_be(world: World, monkeypatch: pytest.MonkeyPatch, allowed: int) -> None:
+    snapshot = make_snapshot(world.store, describe_crowd())
+    real, forks = os.fork, []
+
+    def fork() -> int:
+        forks.append(1)
+        if len(forks) > allowed:
+            raise OSError(zbackup.errno.EAGAIN, "no more")
+        return real()
+
+    monkeypatch.setattr(os, "fork", fork)
+    done = restore_crowd(world, snapshot)
+    assert (done.problems, done.files, len(forks)) == ([], 308, allowed + 1)
+    assert count_children() == 0
+
+
 def test_restore_by_several_processes_names_what_is_damaged(world: World) -> None:
     entries = describe_crowd()
     lost = bytes(32)
