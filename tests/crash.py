@@ -800,6 +800,7 @@ class Recorder:
         self._replace(self.program, "Syncing", self._slow_syncing(self.program.Syncing))
         if self.batch:
             self._replace(self.program, "PUBLISH_FILES", self.batch)
+            self._replace(self.program, "BATCH_FILES", max(1, self.batch // 2))
         return self
 
     def _wrap(self, owner: Any, name: str, wrapper: Any) -> None:
@@ -1483,11 +1484,22 @@ def sweep(scene: Scene, place: Path) -> list[str]:
     return scene.server(place)
 
 
-RESTORE_AGAIN = ("restore", FOLDER, "--quiet", "--overwrite", "--to")
+# By one process: what others do is not recorded.
+RESTORE_AGAIN = ("restore", FOLDER, "--quiet", "--jobs", "1", "--overwrite", "--to")
 
 
 def restore(scene: Scene, place: Path) -> list[str]:
-    return ["restore", FOLDER, "--quiet", "--to", str(place / "restored"), "--store", str(place / "backups")]
+    return [
+        "restore",
+        FOLDER,
+        "--quiet",
+        "--jobs",
+        "1",
+        "--to",
+        str(place / "restored"),
+        "--store",
+        str(place / "backups"),
+    ]
 
 
 def restore_again(scene: Scene, place: Path) -> list[str]:
