@@ -8524,7 +8524,6 @@ MOST_WRITERS = 4  # processes that one restore begins by itself; it takes no mor
 PART_CHUNKS = 16  # of a file, written by one process; a larger one is shared out
 BATCH_FILES = 128  # made by one process at once, the places of their chunks looked up together
 BATCH_BYTES = 4 << 20
-QUEUED = 2  # jobs that each process has at most, so that it need not wait for the next one
 
 
 @dataclass(frozen=True)
@@ -9004,8 +9003,11 @@ class Workers:
 
     @property
     def full(self) -> bool:
-        """Tell whether a result must be received before the next job is sent."""
-        return len(self._busy) >= QUEUED * len(self._pipes)
+        """Tell whether a result must be received before the next job is sent.
+
+        Each has one job: with two, it and this process might wait for each other, both with more to send than fits.
+        """
+        return len(self._busy) == len(self._pipes)
 
     def send(self, job: object) -> None:
         """Give a job to the next process in turn."""
@@ -9120,6 +9122,77 @@ class StepQueue:
         return itertools.chain(*self._sent, self._waiting)
 
 
+class Publisher:
+    """Gives what is made its name, and folders their attributes, in their order, once it is durable."""
+
+    def __init__(self, folders: Folders, attributes: Attributes, fail: Callable[[bytes, str], None]) -> None:
+        self.folders = folders
+        self.files = 0
+        self.bytes = 0  # of these
+        self.temporary: dict[bytes, bytes] = {}  # by path, of files with several names that are not there yet
+        self._attributes = attributes
+        self._fail = fail
+        self._due: list[Due] = []
+        self._due_bytes = 0
+        self._synced: list[Due] = []  # the due ones before, which `_syncing` is about
+        self._syncing: Syncing | None = None
+
+    def put(self, due: Due) -> None:
+        """Add the next one, made."""
+        self._due.append(due)
+        self._due_bytes += due.size
+        self.files += due.folder is None
+        self.bytes += due.size
+        if len(self._due) >= PUBLISH_FILES or self._due_bytes >= PUBLISH_BYTES:
+            self._publish_synced()
+            self._take_due()
+            self._syncing = Syncing(self.folders.root)
+
+    def _take_due(self) -> None:
+        self._synced, self._due, self._due_bytes = self._due, [], 0
+
+    def _publish_synced(self) -> None:
+        """Give what is durable its names; a folder's time comes after all in it."""
+        if self._syncing:
+            self._syncing.wait()  # where it fails, nothing of it is ever published
+        self._syncing = None
+        for due in self._synced:
+            self.temporary.pop(due.path, None)
+            try:
+                if due.folder:
+                    self._attributes.set_folder(self.folders.open(due.path), due.folder)
+                else:
+                    self._publish(due.path, due.temporary)
+            except OSError as error:
+                what = "its owner, mode or time cannot be set" if due.folder else "cannot be put at its place"
+                self._fail(due.path, f"{what}: {explain(error)}")
+        self._synced = []  # at the end: what an interruption keeps from its name is removed
+
+    def _publish(self, path: bytes, temporary: bytes) -> None:
+        folder, name = self.folders.parent(path)
+        try:
+            publish(temporary, name, self._attributes.options.overwrite, folder)
+        except BaseException:
+            self.files -= 1
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+    def finish(self) -> None:
+        """Publish all and make it durable."""
+        self._publish_synced()
+        sync_filesystem(self.folders.root)
+        self._take_due()
+        self._publish_synced()
+        sync_filesystem(self.folders.root)
+
+    def close(self) -> list[Due]:
+        """End what it is at; returns what has no name yet."""
+        if self._syncing:
+            self._syncing.join()
+        return self._synced + self._due
+
+
 class FileWriter:
     """Puts entries below one folder, in their order; a file is complete there or absent."""
 
@@ -9130,18 +9203,12 @@ class FileWriter:
         self.problems: list[Problem] = []
         self.damaged = False  # whether the store is at fault
         self.skipped = 0  # sockets, which their programs make
-        self.files = 0  # put
-        self.bytes = 0
         self._token = options.token or os.urandom(16).hex()
-        self._due: list[Due] = []
-        self._due_names: dict[bytes, bytes] = {}  # of the files with several names, made but not there yet
-        self._due_bytes = 0
-        self._synced: list[Due] = []  # the due ones before, which `_syncing` is about
-        self._syncing: Syncing | None = None
         self._inside: list[Stat] = []  # the folders around the last path, whose times are set on leaving
         self._made: bytes | None = None  # the folder that was made last
         self._links = LinkTable()
         self._attributes = Attributes(options)
+        self.published = Publisher(self.folders, self._attributes, self.fail)
         self._maker = FileMaker(reader, self.folders, options)
         self._queue = StepQueue(self._maker, self._attributes, self._hand_on)
         self._failed_parts: dict[bytes, Failure] = {}  # by path, of files whose other parts are not done yet
@@ -9149,20 +9216,23 @@ class FileWriter:
     def put(self, entry: Entry, old: Entry | None = None) -> None:
         """Put one entry; `old` is what stands there, where that is known to be so."""
         try:
-            path, size = entry.plain or (entry.stat.path, -1)
+            plain = entry.plain
+            path = plain[0] if plain else entry.stat.path
         except FormatError as error:
             self.fail(b"", f"an entry is not as it should be: {error}", damaged=True)
             return
         while self._inside and not is_at_or_below(path, self._inside[-1].path):
             self._leave_folder()
+        steps = self._list_due(entry, plain, old)
+        while due := self._next(path, steps):
+            self._queue.put(due)  # what fails here is not this path's alone
+
+    def _next(self, path: bytes, steps: Iterator[Due]) -> Due | None:
         try:
-            if size < 0:
-                self._put(entry, old)
-            else:
-                temporary = self._take_place(path)
-                self._queue.put(Due(path, temporary, size, step=Making(entry, temporary, old)))
+            return next(steps, None)
         except (StoreError, FormatError, OSError, OverflowError) as error:
             self._note(path, explain_failure(error))
+            return None
 
     def _note(self, path: bytes, failure: Failure) -> None:
         if failure.number in (errno.ENOSPC, errno.EDQUOT):
@@ -9174,7 +9244,10 @@ class FileWriter:
         self.damaged |= damaged
         self.problems.append(Problem(show(path), show(message)))
 
-    def _put(self, entry: Entry, old: Entry | None) -> None:
+    def _list_due(self, entry: Entry, plain: tuple[bytes, int] | None, old: Entry | None) -> Iterator[Due]:
+        if plain:
+            yield self._leave(entry, *plain, old)
+            return
         stat, content = entry.stat, entry.content
         if stat.kind == "directory":
             self._put_folder(stat)
@@ -9182,8 +9255,17 @@ class FileWriter:
             self.fail(stat.path, f"is not in this snapshot: {content.error or stat.error}")
         elif stat.kind == "socket" or (self.options.private and stat.kind not in ("file", "symlink")):
             self.skipped += 1  # made by its program at each start; `latest` is for files
+        elif stat.kind != "file" or (stat.link_key and not self.options.private):
+            yield self._make(entry, self._take_place(stat.path))
+        elif content.size > PART_CHUNKS * CHUNK and old is None and self.options.jobs > 1:
+            yield from self._list_parts(entry, self._take_place(stat.path))
         else:
-            self._make(entry, old, self._take_place(stat.path))
+            yield self._leave(entry, stat.path, content.size, old)
+
+    def _leave(self, entry: Entry, path: bytes, size: int, old: Entry | None) -> Due:
+        """Leave a file to the queue."""
+        temporary = self._take_place(path)
+        return Due(path, temporary, size, step=Making(entry, temporary, old))
 
     def _take_place(self, path: bytes) -> bytes:
         """Return the temporary name for a path; FileExistsError where something stands at its place."""
@@ -9193,24 +9275,19 @@ class FileWriter:
         digest = hashlib.sha256(self._token.encode() + name).hexdigest()
         return f"{TEMPORARY}{digest[:24]}".encode("ascii")
 
-    def _make(self, entry: Entry, old: Entry | None, temporary: bytes) -> None:
-        """Make what goes fast, or must be there for what follows; the rest is left to the queue."""
-        stat, size = entry.stat, entry.content.size
-        step: Step | None = None
+    def _make(self, entry: Entry, temporary: bytes) -> Due:
+        """Make at once what is no file, or has several names: the next one may follow."""
+        stat = entry.stat
+        self._unlink(stat.path, temporary)  # left by a restore that was killed
         try:
-            if stat.kind != "file":
-                self._make_other(stat, temporary)
-            elif stat.link_key and not self.options.private:
+            if stat.link_key:
                 self._make_linked(entry, stat.link_key, temporary)
-            elif size > PART_CHUNKS * CHUNK and old is None and self.options.jobs > 1:
-                self._fill(entry, temporary)
-                step = Ending(entry, temporary)
             else:
-                step = Making(entry, temporary, old)
+                self._make_other(stat, temporary)
         except BaseException:
             self._unlink(stat.path, temporary)
             raise
-        self._queue.put(Due(stat.path, temporary, size, step=step))
+        return Due(stat.path, temporary, entry.content.size)
 
     def _unlink(self, path: bytes, temporary: bytes) -> None:
         with contextlib.suppress(OSError):
@@ -9218,7 +9295,6 @@ class FileWriter:
             os.unlink(temporary, dir_fd=folder)
 
     def _make_other(self, stat: Stat, temporary: bytes) -> None:
-        self._unlink(stat.path, temporary)  # left by a restore that was killed
         folder, _ = self.folders.parent(stat.path)
         if stat.kind == "symlink":
             os.symlink(stat.target, temporary, dir_fd=folder)
@@ -9229,22 +9305,25 @@ class FileWriter:
         self._attributes.set_other(folder, temporary, stat)
 
     def _make_linked(self, entry: Entry, key: tuple[int, int], temporary: bytes) -> None:
-        """Make a file with several names: at once, since the next name may follow."""
-        stat = entry.stat
-        self._unlink(stat.path, temporary)  # left by a restore that was killed
+        path = entry.stat.path
         if not self._link(entry, self._links.get(key) or b"", temporary):
             self._maker.make(Making(entry, temporary))
-            self._links.put(key, stat.path + b"\0" + entry.read)
-        self._due_names[stat.path] = temporary
+            self._links.put(key, path + b"\0" + entry.read)
+        self.published.temporary[path] = temporary
 
-    def _fill(self, entry: Entry, temporary: bytes) -> None:
-        """Have a large file written in parts, side by side."""
+    def _list_parts(self, entry: Entry, temporary: bytes) -> Iterator[Due]:
+        """Leave a large file to the queue in parts, which are written side by side."""
         stat, content = entry.stat, entry.content
         folder, _ = self.folders.parent(stat.path)
         os.close(create_anew(temporary, folder))
-        for part in split_content(self.reader, content, stat.sparse):
-            filling = Filling(stat.path, temporary, part)
-            self._queue.put(Due(stat.path, temporary, CHUNK * len(filling.list_digests()), step=filling))
+        try:
+            for part in split_content(self.reader, content, stat.sparse):
+                filling = Filling(stat.path, temporary, part)
+                yield Due(stat.path, temporary, CHUNK * len(filling.list_digests()), step=filling)
+        except BaseException:
+            self._unlink(stat.path, temporary)
+            raise
+        yield Due(stat.path, temporary, content.size, step=Ending(entry, temporary))
 
     def _link(self, entry: Entry, known: bytes, temporary: bytes) -> bool:
         """Make another name of a file put before; False where there is none, or of another content."""
@@ -9252,7 +9331,7 @@ class FileWriter:
         if content != entry.read:
             return False
         first_folder, first_name = self.folders.parent(first)
-        first_name = self._due_names.get(first, first_name)
+        first_name = self.published.temporary.get(first, first_name)
         source = os.dup(first_folder)
         try:
             folder, _ = self.folders.parent(entry.stat.path)
@@ -9293,72 +9372,26 @@ class FileWriter:
             self._unlink(due.path, due.temporary)
             self._note(due.path, failure)
         else:
-            self._publish_later(due)
+            self.published.put(due)
 
     def _end(self, ending: Ending) -> Failure | None:
         made = self._maker.end(ending)
         self._attributes.put_unset(made.unset)
         return made.failures[0]
 
-    def _publish_later(self, due: Due) -> None:
-        self._due.append(due)
-        self._due_bytes += due.size
-        self.files += due.folder is None
-        self.bytes += due.size
-        if len(self._due) >= PUBLISH_FILES or self._due_bytes >= PUBLISH_BYTES:
-            self._publish_synced()
-            self._take_due()
-            self._syncing = Syncing(self.folders.root)
-
-    def _take_due(self) -> None:
-        self._synced, self._due, self._due_bytes = self._due, [], 0
-
-    def _publish_synced(self) -> None:
-        """Give what is durable its names; a folder's time comes after all in it."""
-        if self._syncing:
-            self._syncing.wait()  # where it fails, nothing of it is ever published
-        self._syncing = None
-        for due in self._synced:
-            self._due_names.pop(due.path, None)
-            try:
-                if due.folder:
-                    self._attributes.set_folder(self.folders.open(due.path), due.folder)
-                else:
-                    self._publish(due.path, due.temporary)
-            except OSError as error:
-                what = "its owner, mode or time cannot be set" if due.folder else "cannot be put at its place"
-                self.fail(due.path, f"{what}: {explain(error)}")
-        self._synced = []  # at the end: what an interruption keeps from its name is removed by `close`
-
-    def _publish(self, path: bytes, temporary: bytes) -> None:
-        folder, name = self.folders.parent(path)
-        try:
-            publish(temporary, name, self.options.overwrite, folder)
-        except BaseException:
-            self.files -= 1
-            with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=folder)
-            raise
-
     def finish(self) -> None:
         """Publish all and make it durable."""
         while self._inside:
             self._leave_folder()
         self._queue.finish()
-        self._publish_synced()
-        sync_filesystem(self.folders.root)
-        self._take_due()
-        self._publish_synced()
-        sync_filesystem(self.folders.root)
+        self.published.finish()
         for what, count in self._attributes.unset.items():
             sentence = f"{what} of {count} paths could not be set, for want of rights or of support"
             self.problems.append(Problem("", sentence))
 
     def close(self) -> None:
         """Close all; what is not published is removed."""
-        if self._syncing:
-            self._syncing.join()
-        for due in (*self._queue.close(), *self._synced, *self._due):
+        for due in (*self._queue.close(), *self.published.close()):
             if due.folder is None:
                 self._unlink(due.path, due.temporary)
         self._links.close()
@@ -11086,7 +11119,7 @@ def run_restore(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         if not args.quiet:
-            what = f"{done.files} files ({format_size(done.bytes)}) of {snapshot.folder}"
+            what = f"{done.published.files} files ({format_size(done.published.bytes)}) of {snapshot.folder}"
             print(f"restored {what} as of {format_time(snapshot.started)} to {show(args.to)}")
             if done.skipped:
                 print(f"{done.skipped} sockets were left out: their programs make them")

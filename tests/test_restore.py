@@ -964,7 +964,7 @@ def test_restore_looks_chunks_up_together(world: World, monkeypatch: pytest.Monk
     with opened as store, contextlib.closing(store.reader()) as reader:
         options = zbackup.RestoreOptions()
         done = zbackup.restore_snapshot(reader, snapshot, [], str(world.path / "restored"), options)
-    assert done.problems == [] and done.files == 600
+    assert done.problems == [] and done.published.files == 600
     assert len(looks) < 20
     assert all((world.path / f"restored/f{i:04}").read_bytes() == b"%d" % i for i in range(600))
 
@@ -993,7 +993,7 @@ def test_restore_publishes_only_what_was_synced(world: World, monkeypatch: pytes
 
     done = restore_in_batches(world, monkeypatch, sync)
     names = [f"f{i}" for i in range(10)]
-    assert (done.problems, done.files) == ([], 10)
+    assert (done.problems, done.published.files) == ([], 10)
     assert published == [[], names[:3], names[:6], names[:9], names]
     assert beside == [True, True, True, False, False]
     assert list_tree(back) == dict.fromkeys(names, "file")
@@ -1130,7 +1130,7 @@ def test_restore_by_several_processes_has_them_do_the_work(world: World, monkeyp
 
     monkeypatch.setattr(zbackup.FileMaker, "do", do)
     done = restore_crowd(world, snapshot)
-    assert (done.problems, done.files) == ([], 308)
+    assert (done.problems, done.published.files) == ([], 308)
     found = owners.read_text().split()
     assert len(set(found)) == 2 and str(os.getpid()) not in found
     assert count_children() == 0
@@ -1139,7 +1139,7 @@ def test_restore_by_several_processes_has_them_do_the_work(world: World, monkeyp
 def test_restore_of_few_files_forks_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = make_snapshot(world.store, describe_crowd()[:90])
     monkeypatch.setattr(os, "fork", None)
-    assert restore_crowd(world, snapshot).files == 89
+    assert restore_crowd(world, snapshot).published.files == 89
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
@@ -1155,7 +1155,7 @@ def test_restore_where_no_more_processes_may_be(world: World, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fork", fork)
     done = restore_crowd(world, snapshot)
-    assert (done.problems, done.files, len(forks)) == ([], 308, allowed + 1)
+    assert (done.problems, done.published.files, len(forks)) == ([], 308, allowed + 1)
     assert count_children() == 0
 
 
