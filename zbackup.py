@@ -3171,13 +3171,23 @@ class Reader:
         places = self.find(digest)
         for number, place in enumerate(places, 1):
             try:
-                with self._naming(place):
-                    self._check_row(self.record(place), place, digest)
-                    return read(place, digest)
-            except StoreError:
+                self._check_row(self.record(place), place, digest)
+                return read(place, digest)
+            except (StoreError, FormatError, OSError) as error:
                 if number == len(places):
-                    raise
+                    raise self._blame(place, error) from None
         raise AssertionError("a digest without a place")
+
+    @staticmethod
+    def _blame(place: Place, error: Exception) -> Exception:
+        """Return an error that names the pack at fault."""
+        if isinstance(error, CodecError):
+            return CodecMissing(f"pack {place.pack} is {error}")
+        if isinstance(error, FormatError):
+            return StoreError(f"pack {place.pack} is damaged: {error}")
+        return (
+            StoreError(f"pack {place.pack} cannot be read: {explain(error)}") if isinstance(error, OSError) else error
+        )
 
     def _file(self, name: str) -> int:
         if not name and self.open_pack:
@@ -3258,17 +3268,6 @@ class Reader:
             raise StoreError(
                 f"{self.index.path}, the index, does not fit the packs ({what}); delete it: it is made again"
             )
-
-    @contextlib.contextmanager
-    def _naming(self, place: Place) -> Iterator[None]:
-        try:
-            yield
-        except CodecError as error:
-            raise CodecMissing(f"pack {place.pack} is {error}") from None
-        except FormatError as error:
-            raise StoreError(f"pack {place.pack} is damaged: {error}") from None
-        except OSError as error:
-            raise StoreError(f"pack {place.pack} cannot be read: {explain(error)}") from None
 
     def _assemble(self, runs: Sequence[Run], read: Callable[[bytes], bytes | memoryview]) -> bytes:
         parts = []
@@ -8592,32 +8591,13 @@ class Part:
     """Some chunks of a file, one after the other."""
 
     at: int  # offset of the first one
-    chunks: list[bytes | int]  # a number for that many chunks of zeros
+    chunks: Iterable[bytes | int]  # a number for that many chunks of zeros
     size: int  # of the whole file
     sparse: bool
 
-    @property
-    def end(self) -> int:
-        """Where they end, if each is as long as its place needs."""
-        count = sum(chunk if isinstance(chunk, int) else 1 for chunk in self.chunks)
-        return min(self.at + count * CHUNK, self.size)
 
-
-def split_content(reader: Reader, content: Content, sparse: bool) -> Iterator[Part]:
-    """Yield a file's content in parts; StoreError after the last one where they are not all of it."""
-    part = Part(0, [], content.size, sparse)
-    for chunk in list_chunks(reader, content):
-        if len(part.chunks) == PART_CHUNKS:
-            yield part
-            part = Part(part.end, [], content.size, sparse)
-        part.chunks.append(chunk)
-    yield part
-    if part.end != content.size:
-        raise StoreError(f"the chunks of the file have {part.end} bytes, not {content.size}")
-
-
-def write_part(reader: Reader, part: Part, fd: int) -> None:
-    """Write a part of a file, every chunk checked (I5), holes where it is sparse."""
+def write_part(reader: Reader, part: Part, fd: int) -> int:
+    """Write a part of a file, every chunk checked (I5), holes where it is sparse; returns where it ends."""
     at = part.at
     for chunk in part.chunks:
         if isinstance(chunk, int):
@@ -8631,19 +8611,35 @@ def write_part(reader: Reader, part: Part, fd: int) -> None:
         else:
             write_at(fd, data, at)
         at += len(data)
+    return at
+
+
+def check_end(end: int, size: int) -> None:
+    """Raise StoreError where the chunks of a file of `size` bytes are not all of it."""
+    if end != size:
+        raise StoreError(f"the chunks of the file have {end} bytes, not {size}")
 
 
 def end_content(fd: int, size: int) -> None:
-    """Give a file whose parts are written its size: there may be a hole at its end."""
+    """Give a file that is written its size: there may be a hole at its end."""
     if os.fstat(fd).st_size < size:
         os.ftruncate(fd, size)
 
 
 def write_content(reader: Reader, content: Content, fd: int, sparse: bool) -> None:
     """Write a file's whole content."""
-    for part in split_content(reader, content, sparse):
-        write_part(reader, part, fd)
+    check_end(write_part(reader, Part(0, list_chunks(reader, content), content.size, sparse), fd), content.size)
     end_content(fd, content.size)
+
+
+def split_content(reader: Reader, content: Content, sparse: bool) -> Iterator[Part]:
+    """Yield a file's content in parts; StoreError after the last one where they are not all of it."""
+    at, chunks = 0, list_chunks(reader, content)
+    while part := tuple(itertools.islice(chunks, PART_CHUNKS)):
+        yield Part(at, part, content.size, sparse)
+        at += CHUNK * sum(chunk if isinstance(chunk, int) else 1 for chunk in part)
+        at = min(at, content.size)  # each of them as long as its place needs, or not to be written
+    check_end(at, content.size)
 
 
 def _read_stretches(reader: Reader, old: bytes, new: bytes, length: int) -> list[tuple[int, bytes]]:
