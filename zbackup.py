@@ -431,13 +431,21 @@ class Fields:
     def integers(self, name: str, limit: int, high: int = 1 << 63) -> list[int]:
         """Return a list of at most `limit` whole numbers from -`high` to `high`."""
         value = self.items(name, limit)
-        if any(type(number) is not int or not -high <= number <= high for number in value):
-            self.wrong(name)
+        for number in value:
+            if type(number) is not int or not -high <= number <= high:
+                self.wrong(name)
         return value
 
     def digest(self, name: str) -> bytes:
         """Return the bytes of a digest."""
         return decode_digest(self.text(name, limit=2 * DIGEST))
+
+    def xattrs(self) -> dict[str, str]:
+        """Return the extended attributes; most paths have none."""
+        if "xattrs" not in self.values:
+            return {}
+        inside = Fields.inside(self.values["xattrs"], "extended attributes")
+        return {name: inside.text(name, limit=XATTR_LIMIT) for name in inside.values}
 
 
 # ---- a JSON file of the store: its last member is the SHA-256 of all bytes before it ----
@@ -806,9 +814,7 @@ def decode_stat(line: bytes) -> Stat:
                 fields.wrong(name)
             told[name] = value
     told["path"], told["wal"] = fields.path("path"), tuple(fields.integers("wal", 2))
-    if "xattrs" in fields.values:
-        xattrs = Fields.inside(fields.values["xattrs"], "extended attributes")
-        told["xattrs"] = {name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values}
+    told["xattrs"] = fields.xattrs()
     try:
         told["target"] = told.get("target", "").encode("utf-8", "surrogateescape")
         stat = Stat(**told)
@@ -853,17 +859,15 @@ def decode_chunks(values: Iterable[object]) -> tuple[bytes | int, ...]:
 
 def encode_content(content: Content) -> bytes:
     """Return the second half of an entry's line: a JSON object, {} where nothing was read."""
-    fields: dict[str, Any] = {}
-    if content.size:
-        fields["size"] = content.size
-    if content.chunks:
-        fields["chunks"] = encode_chunks(content.chunks)
-    if content.lists:
-        fields["lists"] = [digest.hex() for digest in content.lists]
-    for name in ("grade", "error", "xattrs"):
-        if getattr(content, name):
-            fields[name] = getattr(content, name)
-    return write_json(fields).encode("ascii")
+    told = [f'"size":{content.size}'] if content.size else []
+    for name, chunks in (("chunks", content.chunks), ("lists", content.lists)):
+        if chunks:
+            named = [str(chunk) if isinstance(chunk, int) else f'"{chunk.hex()}"' for chunk in chunks]
+            told.append(f'"{name}":[{",".join(named)}]')
+    for name, value in (("grade", content.grade), ("error", content.error), ("xattrs", content.xattrs)):
+        if value:
+            told.append(f'"{name}":{write_json(value)}')
+    return f"{{{','.join(told)}}}".encode("ascii")
 
 
 def decode_content(data: bytes) -> Content:
@@ -872,14 +876,13 @@ def decode_content(data: bytes) -> Content:
     grade = fields.text("grade", "")
     if grade not in GRADES:
         fields.wrong("grade")
-    xattrs = Fields.inside(fields.values.get("xattrs", {}), "extended attributes")
     return Content(
         size=fields.integer("size", 0),
         chunks=decode_chunks(fields.items("chunks", LIST_SPAN)),
         lists=tuple(decode_digest(text) for text in fields.texts("lists", 1 << 24)),
         grade=grade,
         error=fields.text("error", ""),
-        xattrs={name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values},
+        xattrs=fields.xattrs(),
     )
 
 
@@ -7635,8 +7638,8 @@ class Tally:
         if len(self.problems) < PROBLEMS_KEPT:
             self.problems.append(Problem(show(path), show(message)))
 
-    def put(self, lines: bytes, reads: bytes, count: int = 1) -> None:
-        """Count entries of the snapshot, given the halves of one, or of many, joined."""
+    def put(self, lines: bytes, reads: bytes, count: int) -> None:
+        """Count entries of the snapshot, given their halves, joined."""
         files, folders = lines.count(b'","kind":"file"'), lines.count(b'","kind":"directory"')
         self.counts["files"] += files
         self.counts["folders"] += folders
@@ -7706,18 +7709,14 @@ class Intake:
 
         self.peer.ask(READ, {"files": files}, take, b"".join(want.pages for want in wants), cost)
 
-    def describe(self, slot: Slot, got: Got) -> Content:
-        """Return what the answer about chunk 0 says of the whole file, without its chunks."""
+    def describe(self, slot: Slot, got: Got, chunks: tuple[bytes | int, ...] = ()) -> Content:
+        """Return what the answer about chunk 0 says of the whole file, whose `chunks` it does not say."""
         line = got.fields.text("line", "", CHUNK)
         if line:
             slot.move(line.encode("ascii", "replace"))
-        grade = got.fields.text("grade")
-        xattrs = Fields.inside(got.fields.values.get("xattrs", {}), "extended attributes")
-        return Content(
-            size=got.fields.integer("size", high=FILE_LIMIT),
-            grade="frozen" if grade == "frozen" else "stable",
-            xattrs={name: xattrs.text(name, limit=XATTR_LIMIT) for name in xattrs.values},
-        )
+        size, grade = got.fields.integer("size", high=FILE_LIMIT), got.fields.text("grade")
+        grade = "frozen" if grade == "frozen" else "stable"
+        return Content(size, chunks if size else (), (), grade, xattrs=got.fields.xattrs())
 
     def fail(self, slot: Slot, got: Got) -> None:
         """Note that a file was deleted after it was listed, which is its right, or cannot be read."""
@@ -7728,10 +7727,12 @@ class Intake:
         self.tally.fail(slot.stat.path, reason)
         slot.finish(Content(error=reason))
 
-    def put(self, entry: Entry) -> None:
-        """Add the next entry of the snapshot."""
-        self.tally.put(entry.line, entry.read)
-        self.blocks.put(entry)
+    def put(self, entries: Sequence[Entry]) -> None:
+        """Add the next entries of the snapshot."""
+        lines, reads = [entry.line for entry in entries], [entry.read for entry in entries]
+        self.tally.put(b"\n".join(lines), b"\n".join(reads), len(entries))
+        for entry in entries:
+            self.blocks.put(entry)
         self.seal_if_full()
 
     def put_block(self, block: Block) -> None:
@@ -8139,13 +8140,12 @@ class Pull:
             elif got.status in ("later", "lost"):
                 slot.again = True
             else:
-                content = self.intake.describe(slot, got)
+                content = self.intake.describe(slot, got, (got.chunk,))
                 zeros = got.chunk == 1 and content.size <= CHUNK
                 whole = content.size == (0 if got.status == "end" else content.size if zeros else got.length)
                 slot.again = not whole or got.fields.integers("state", 6, 1 << 64) != slot.stat.state
                 if not slot.again:
-                    chunks = (got.chunk,) if content.size else ()
-                    self._finish(slot, replace(content, chunks=chunks), got.fields.text("note", ""))
+                    self._finish(slot, content, got.fields.text("note", ""))
 
     def _finish(self, slot: Slot, content: Content, note: str) -> None:
         if note:
@@ -8161,19 +8161,23 @@ class Pull:
             self.links.put(key, slot.line + b"\t" + slot.entry.read)
 
     def _emit(self) -> None:
-        """Pass on the entries that are done, in order."""
-        while self._slots:
-            slot = self._slots[0]
-            if slot.again:
-                slot.again = False
-                self._read_file(slot)
-            if not slot.done:
-                return
-            self._slots.popleft()
+        """Pass on the entries that are done, in order, and read those again that come next and need it."""
+        self._put_done()
+        while self._slots and self._slots[0].again:
+            self._slots[0].again = False
+            self._read_file(self._slots[0])
+            self._put_done()
+
+    def _put_done(self) -> None:
+        done = []
+        while self._slots and self._slots[0].done:
+            slot = self._slots.popleft()
             if self._linked:
                 self._linked.discard(slot.stat.link_key or (0, 0))
             if slot.entry:
-                self.intake.put(slot.entry)
+                done.append(slot.entry)
+        if done:
+            self.intake.put(done)
 
     def _finish_slots(self, but_last: bool = False) -> None:
         """Wait until all slots are done and passed on."""

@@ -1118,7 +1118,7 @@ def conversation() -> tuple[list[bytes], list[z.Entry]]:
     pull, intake = start_pull(peer)
     entries: list[z.Entry] = []
     put = intake.put
-    intake.put = lambda entry: (entries.append(entry), put(entry))[1]  # type: ignore[method-assign,func-returns-value]
+    intake.put = lambda done: (entries.extend(done), put(done))[1]  # type: ignore[method-assign,func-returns-value]
     try:
         pull.open("id")
         pull.run(z.Base(iter(())))
@@ -1185,7 +1185,7 @@ def pull(data: bytes) -> None:
     under_way, intake = start_pull(Script(zip(said[::2], said[1::2])))
     entries: list[z.Entry] = []
     put = intake.put
-    intake.put = lambda entry: (entries.append(entry), put(entry))[1]  # type: ignore[method-assign,func-returns-value]
+    intake.put = lambda done: (entries.extend(done), put(done))[1]  # type: ignore[method-assign,func-returns-value]
     try:
         with ours():
             roots, missing = under_way.open("id")
