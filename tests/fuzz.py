@@ -33,7 +33,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, cast
@@ -902,7 +902,7 @@ def make_reply(items: Sequence[dict[str, Any]], raw: bytes, codec: int) -> bytes
 
 def reply_seeds() -> Iterator[bytes]:
     start = {"size": len(BASE), "grade": "stable", "state": SLOT_STAT.state, "xattrs": {"user.a": "YQ=="}}
-    line = z.encode_stat(replace(SLOT_STAT, size=7)).decode()
+    line = z.encode_stat(SLOT_STAT._replace(size=7)).decode()
     new = BASE[:4096] + b"n" * 4096 + BASE[8192:]
     longer = SMALL + b"more" * 2000
     items = [

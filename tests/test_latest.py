@@ -142,14 +142,14 @@ def test_latest_keeps_last_good_copy_of_unreadable_file(series: Series) -> None:
 
 
 def test_latest_keeps_content_of_unreadable_folder(series: Series) -> None:
-    closed = zbackup.replace(folder("d"), error="Permission denied")
+    closed = folder("d")._replace(error="Permission denied")
     series.show((folder("d"), None), (folder("d/e"), None), (file("d/e/f"), b"f"), (file("g"), b"g"))
     assert series.show((closed, None), (file("g"), b"g"), grade="partial") == []
     assert series.texts() == {"d/e/f": "f", "g": "g"}
 
 
 def test_latest_forgets_what_went_while_unreadable(series: Series) -> None:
-    closed = zbackup.replace(folder("d"), error="Permission denied")
+    closed = folder("d")._replace(error="Permission denied")
     series.show((folder("d"), None), (file("d/a"), b"a"), (file("d/b"), b"b"))
     series.show((closed, None), grade="partial")
     series.show((folder("d"), None), (file("d/b"), b"b"))
@@ -442,7 +442,7 @@ def test_latest_compares_no_blocks_that_both_snapshots_have(series: Series, monk
 
 def test_latest_reads_a_block_with_an_error_that_both_snapshots_have(series: Series) -> None:
     """What a folder held that cannot be listed stays, however often it cannot, until it can."""
-    unread = (zbackup.replace(folder("a"), error="Permission denied"), None)
+    unread = (folder("a")._replace(error="Permission denied"), None)
     series.show((folder("a"), None), (file("a/b"), b"old"), (file("c"), b"1"))
     for number in range(3):
         assert series.show(unread, (file("c"), b"1")) == [], number

@@ -75,6 +75,9 @@ def read(base: Path, path: bytes, *files: str, **settings: Any) -> dict[str, Any
 @contextlib.contextmanager
 def as_nobody() -> Iterator[None]:
     """Drop root's rights for a while; another user has none to drop."""
+    import grp  # noqa: F401  # nobody might not reach this Python's modules
+    import pwd  # noqa: F401
+
     if ROOT:
         os.seteuid(NOBODY)
     try:

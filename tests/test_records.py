@@ -451,11 +451,11 @@ def test_stat_with_an_owner_that_no_machine_has(name: str) -> None:
 
 
 def test_stat_says_what_must_not_change() -> None:
-    database = replace(STAT, database=True, wal=(8, 9), links=2, device=4)
+    database = STAT._replace(database=True, wal=(8, 9), links=2, device=4)
     assert database.state == [5, 1, 2, 3, 8, 9]
     assert database.link_key == (4, 3)
     assert STAT.link_key is None
-    assert replace(STAT, kind="directory", links=2).link_key is None
+    assert STAT._replace(kind="directory", links=2).link_key is None
 
 
 @QUICK
@@ -508,7 +508,7 @@ def make_entry(stat: z.Stat, content: z.Content) -> z.Entry:
 @QUICK
 @given(paths, words, st.integers(1, z.CHUNK))
 def test_entry_that_is_plain_says_what_it_says_decoded(path: bytes, name: str, size: int) -> None:
-    entry = make_entry(replace(PLAIN, path=path, user=name), replace(ONE_CHUNK, size=size))
+    entry = make_entry(PLAIN._replace(path=path, user=name), ONE_CHUNK._replace(size=size))
     assert entry.plain in (None, (path, size))
 
 
@@ -518,7 +518,7 @@ def test_entry_is_plain_where_nothing_is_rare() -> None:
     strange = [{name: value} for name, value in rare.items()]
     strange += [{"links": 2}, {"kind": "fifo"}, {"path": b'"'}, {"path": b"\\"}, {"path": "ü".encode()}, {"user": '"'}]
     for fields in strange:
-        assert make_entry(replace(PLAIN, **fields), ONE_CHUNK).plain is None, fields
+        assert make_entry(PLAIN._replace(**fields), ONE_CHUNK).plain is None, fields
     for fields in (
         {"chunks": ()},
         {"chunks": (1,)},
@@ -526,7 +526,7 @@ def test_entry_is_plain_where_nothing_is_rare() -> None:
         {"error": "gone"},
         {"grade": ""},
     ):
-        assert make_entry(PLAIN, replace(ONE_CHUNK, **fields)).plain is None, fields
+        assert make_entry(PLAIN, ONE_CHUNK._replace(**fields)).plain is None, fields
 
 
 def test_entry_that_is_plain_but_leads_elsewhere() -> None:

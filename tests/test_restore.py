@@ -43,7 +43,7 @@ def put_file(writer: zbackup.PackWriter, stat: zbackup.Stat, data: bytes, grade:
     """Store a file's content; returns its entry."""
     chunks = tuple(writer.put_chunk(data[i : i + MIB]) for i in range(0, len(data), MIB))
     content = zbackup.Content(len(data), chunks, (), grade)
-    stat = zbackup.replace(stat, size=len(data))
+    stat = stat._replace(size=len(data))
     return zbackup.Entry(zbackup.encode_stat(stat), zbackup.encode_content(content))
 
 
@@ -416,13 +416,13 @@ def test_restore_hostile_symlink_then_entry_below(world: World, flags: list[str]
 
 @pytest.mark.parametrize("path", ["../evil", "/evil", "a/../../evil", "a//evil", "./evil", "a/", ".", "..", "a\0b", ""])
 def test_restore_refuses_crafted_path(world: World, path: str) -> None:
-    make_snapshot(world.store, [(describe("aaa"), b"good"), (zbackup.replace(describe("x"), path=path.encode()), b"e")])
+    make_snapshot(world.store, [(describe("aaa"), b"good"), (describe("x")._replace(path=path.encode()), b"e")])
     world.run("restore", FOLDER, "--to", "inner/restored", code=None)
     assert "evil" not in "".join(list_tree(world.path))
 
 
 def test_restore_crafted_path_ends_in_sentence(world: World) -> None:
-    evil = zbackup.replace(describe("x"), path=b"../evil")
+    evil = describe("x")._replace(path=b"../evil")
     make_snapshot(world.store, [(describe("aaa"), b"good"), (evil, b"evil")])
     done = world.run("restore", FOLDER, "--to", "restored", code=None)
     assert done.returncode != 0
@@ -448,7 +448,7 @@ HOSTILE = {
 @needs_root
 @pytest.mark.parametrize("what", HOSTILE)
 def test_restore_hostile_entry_costs_only_itself(world: World, what: str) -> None:
-    bad = zbackup.replace(describe("bad"), **HOSTILE[what])
+    bad = describe("bad")._replace(**HOSTILE[what])
     make_snapshot(world.store, [(bad, b"" if bad.kind == "file" else None), (describe("good"), b"good")])
     world.run("restore", FOLDER, "--to", "restored", code=None)
     assert (world.path / "restored/good").read_text() == "good"
