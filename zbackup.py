@@ -326,7 +326,7 @@ def format_size(size: int) -> str:
     return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-NOT_PLAIN = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)")  # a part that is empty, "." or ".."
+NOT_PLAIN = {b"", b".", b".."}  # no part of a path is one of these
 
 
 def decode_path(text: str) -> bytes:
@@ -337,7 +337,7 @@ def decode_path(text: str) -> bytes:
         raise FormatError(f"a path with characters that no file name has: {show(text)}") from None
     if not path or len(path) > PATH_LIMIT or b"\0" in path:
         raise FormatError(f"a path that is empty, too long or has a NUL: {show(text[:100])}")
-    if NOT_PLAIN.search(path):
+    if not NOT_PLAIN.isdisjoint(path.split(b"/")):
         raise FormatError(f"a path that is not plain: {show(text[:1000])}")
     return path
 
@@ -785,8 +785,9 @@ def encode_stat(stat: Stat) -> bytes:
     return f"{line}{_encode_rare(stat)}}}".encode("ascii")
 
 
-# What a listing line may hold beside its path, log and attributes: of a text the length, of a number the value.
+# What a listing line may hold: of a text the length, of a number the value; the rest is looked into where it is taken.
 STAT_LIMITS: dict[str, tuple[type, int, int]] = {
+    "path": (str, 0, PATH_LIMIT),
     "kind": (str, 0, 10),
     "user": (str, 0, 4096),
     "group": (str, 0, 4096),
@@ -805,24 +806,29 @@ STAT_LIMITS: dict[str, tuple[type, int, int]] = {
     "sparse": (bool, 0, 1),
     "database": (bool, 0, 1),
     "fresh": (bool, 0, 1),
+    "wal": (list, 0, 0),
+    "xattrs": (dict, 0, 0),
 }
+NO_FIELD = (type(None), 0, 0)
 
 
 def decode_stat(line: bytes) -> Stat:
     """Return the Stat of a listing line; FormatError unless encode_stat gives the same line."""
     fields = Fields(line, "an entry")
-    told: dict[str, Any] = {}
-    for name, value in fields.values.items():
-        if name in STAT_LIMITS:
-            kind, low, high = STAT_LIMITS[name]
-            size: Any = len(value) if type(value) is str else value
-            if type(value) is not kind or not low <= size <= high:
-                fields.wrong(name)
-            told[name] = value
-    told["path"], told["wal"] = fields.path("path"), tuple(fields.integers("wal", 2))
-    told["xattrs"] = fields.xattrs()
+    told = fields.values
+    for name, value in told.items():
+        kind, low, high = STAT_LIMITS.get(name, NO_FIELD)
+        outside = isinstance(value, int) and not low <= value <= high
+        if type(value) is not kind or outside or (isinstance(value, str) and len(value) > high):
+            fields.wrong(name)
+    told["path"] = fields.path("path")
+    if "wal" in told:
+        told["wal"] = tuple(fields.integers("wal", 2))
+    if "xattrs" in told:
+        told["xattrs"] = fields.xattrs()
     try:
-        told["target"] = told.get("target", "").encode("utf-8", "surrogateescape")
+        if "target" in told:
+            told["target"] = told["target"].encode("utf-8", "surrogateescape")
         stat = Stat(**told)
         canonical = encode_stat(stat)
     except (UnicodeEncodeError, TypeError):
@@ -1406,10 +1412,13 @@ def write_at(fd: int, data: bytes | memoryview, at: int) -> None:
         view, at = view[done:], at + done
 
 
-def read_range(fd: int, length: int, offset: int) -> bytes:
-    """Return up to `length` bytes at `offset`; fewer only at the end of the file."""
+def read_range(fd: int, length: int, offset: int, expected: int = -1) -> bytes:
+    """Return up to `length` bytes at `offset`; fewer only at the end of the file.
+
+    After as many as were `expected`, it is not asked once more whether that is the end.
+    """
     data = os.pread(fd, length, offset)
-    while 0 < len(data) < length:
+    while 0 < len(data) < length and len(data) != expected:
         more = os.pread(fd, length - len(data), offset + len(data))
         if not more:
             break
@@ -6220,7 +6229,7 @@ class Files:
         zeros = self._find_zeros(handle, offset)
         # Of a large file what it had when it was opened; of a small one all there is, whatever stat says.
         length = handle.size + 1 if handle.size <= CHUNK else max(0, min(CHUNK, handle.size - offset))
-        data = b"" if zeros else read_range(handle.fd, length, offset)
+        data = b"" if zeros else read_range(handle.fd, length, offset, handle.size)
         if len(data) > handle.size:
             data = read_range(handle.fd, CHUNK, offset)
         size = len(data) if handle.size <= CHUNK and not zeros else handle.size
@@ -6234,7 +6243,7 @@ class Files:
         if note:
             fields["note"] = note
         fields["state"] = self._state(handle)  # after all that was read
-        if zeros or (data and data == ZEROS[: len(data)]):
+        if zeros or (data and ZEROS.startswith(data)):
             return {**fields, "status": "zeros", "count": zeros or 1}, []
         if not data:
             return {**fields, "status": "end"}, []
@@ -6505,7 +6514,8 @@ class Session:
             if size + len(line) > CHUNK and lines:
                 self._held = line
                 break
-            lines += [line] if line else []
+            if line:
+                lines.append(line)
             size += len(line) + 1
         return {"more": more}, b"\n".join(lines)
 
