@@ -3175,7 +3175,8 @@ class Reader:
     def find(self, digest: bytes) -> list[Place]:
         """Return the places of a digest, the most trusted first; MissingChunk where there is none."""
         place = self.open_pack.find(digest) if self.open_pack else None
-        known = self._found.get(digest) or self.index.find_all([digest]).get(digest, [])
+        known = [] if digest in self.distrusted else self._found.get(digest, [])
+        known = known or self.index.find_all([digest]).get(digest, [])
         places = [place, *known] if place else known
         if not places:
             raise MissingChunk(f"the store has no chunk {digest.hex()}; a pack is lost")
@@ -3600,6 +3601,7 @@ class ChunkTable:
                 chunks = ()  # a lost list: then nothing is known, and all is sent
             for chunk in chunks:
                 self._chunks.extend([None] * chunk if isinstance(chunk, int) else [chunk])
+            self.reader.look_up([chunk for chunk in self._chunks if chunk])
         return self._chunks[place] if place < len(self._chunks) else None
 
     def _load(self, span: int) -> Sequence[bytes | int]:
