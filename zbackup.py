@@ -622,7 +622,7 @@ def encode_stretches(stretches: Iterable[tuple[int, int]]) -> list[list[int]]:
 
 PLAIN, ZLIB, ZSTD = 0, 1, 2
 CODECS = {"plain": PLAIN, "zlib": ZLIB, "zstd": ZSTD}
-SAMPLE = 64 << 10  # bytes tried first: what does not shrink in these is sent as it is
+SAMPLE = 16 << 10  # bytes tried first: what does not shrink in these is sent as it is
 SAMPLES = 4  # parts of the sample, evenly spread: a frame of small files has some that shrink beside others
 
 
