@@ -622,6 +622,7 @@ def encode_stretches(stretches: Iterable[tuple[int, int]]) -> list[list[int]]:
 
 PLAIN, ZLIB, ZSTD = 0, 1, 2
 CODECS = {"plain": PLAIN, "zlib": ZLIB, "zstd": ZSTD}
+MOST_LEVEL = 19  # beyond it zstd takes much memory, to read, too
 SAMPLE = 16 << 10  # bytes tried first: what does not shrink in these is sent as it is
 SAMPLES = 4  # parts of the sample, evenly spread: a frame of small files has some that shrink beside others
 
@@ -6359,9 +6360,14 @@ def refuse_question(number: int, code: str, sentence: str) -> Answer:
 
 
 def encode_answer(answer: Answer, level: int) -> list[bytes | memoryview]:
-    """Return the frames of an answer, the body compressed as far as it pays."""
+    """Return the frames of an answer, the body compressed as far as it pays.
+
+    That of several small files one level higher: what else each of them takes is more than that.
+    """
     if answer.body is None:
         return encode_message(answer.kind, answer.number, answer.fields)
+    if len(answer.fields.get("items", ())) > 1:
+        level = min(level + 1, MOST_LEVEL)
     codec, data = compress(answer.codec, answer.body, level)
     fields = {**answer.fields, "codec": codec, "size": len(answer.body)}
     return encode_message(answer.kind, answer.number, fields, data)
@@ -10256,8 +10262,8 @@ def write_share(share: float) -> str:
 
 def parse_level(text: str) -> int:
     """Return a level of compression."""
-    if not re.fullmatch(r"[0-9]{1,2}", text) or not 0 < int(text) < 20:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a level from 1 to 19")
+    if not re.fullmatch(r"[0-9]{1,2}", text) or not 0 < int(text) <= MOST_LEVEL:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a level from 1 to {MOST_LEVEL}")
     return int(text)
 
 
@@ -11509,7 +11515,12 @@ NODE_HELP = "folder, address or host name of a node"
 WHEN_HELP = "latest, a snapshot's name, a date, 'date time', or how long ago: 3d"
 
 COMMON_LIMITS: list[tuple[str, Callable[[str], Any], Any, str]] = [  # of both roles
-    ("--level", parse_level, LEVEL, "compression level of zstd or zlib"),
+    (
+        "--level",
+        parse_level,
+        LEVEL,
+        "compression level of zstd or zlib; a node takes the next one for small files",
+    ),
     ("--heartbeat", parse_span, HEARTBEAT, "pause between the pings that find a dead peer"),
 ]
 KEY_FILE = ("--key-file", "FILE", "the server's secret key (default: keys/server in the store)")

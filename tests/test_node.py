@@ -855,6 +855,27 @@ def test_file_that_keeps_changing_is_torn(world: World) -> None:
     assert node["snapshot"]["grade"] == "torn"
 
 
+def test_small_files_sent_together_are_compressed_one_level_higher(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[int] = []
+    monkeypatch.setattr(zbackup, "compress", lambda codec, data, level: levels.append(level) or (codec, data))
+    for level in (1, zbackup.MOST_LEVEL):
+        for items in ([{}], [{}, {}]):
+            zbackup.encode_answer(zbackup.Answer(zbackup.READ, 1, {"items": items}, b"some bytes"), level)
+        zbackup.encode_answer(zbackup.Answer(zbackup.LIST, 1, {"more": False}, b"some lines"), level)
+    assert levels == [1, 2, 1, *[zbackup.MOST_LEVEL] * 3]
+
+
+def test_small_file_is_read_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"0123456789")
+    real, calls = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda fd, length, at: calls.append(length) or real(fd, length, at))
+    with open(tmp_path / "a", "rb") as file:
+        for expected, times in ((10, 1), (9, 2), (-1, 2)):
+            calls.clear()
+            assert zbackup.read_range(file.fileno(), 11, 0, expected) == b"0123456789"
+            assert len(calls) == times
+
+
 # ---- clones ----
 
 
