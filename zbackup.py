@@ -9128,7 +9128,7 @@ def start_workers(maker: FileMaker, options: RestoreOptions) -> Workers:
     reader, root = maker.reader, maker.folders.root
 
     def start() -> Callable[[Sequence[Making | Filling]], Made]:
-        own = Reader(reader.packs, Index(reader.index.path), reader.lost)
+        own = Reader(reader.packs, Index(reader.index.path), reader.lost, MOST_SOURCES)
         return FileMaker(own, Folders(root), options).do
 
     with reader.index.closed():
