@@ -3288,11 +3288,13 @@ class Reader:
 
     def _assemble(self, runs: Sequence[Run], read: Callable[[bytes], bytes | memoryview]) -> bytes:
         parts = []
+        sources: dict[bytes, bytes | memoryview] = {}  # a patch of many versions draws from each of them many times
         for run in runs:
             try:
-                data = read(run.source)
+                data = sources[run.source] if run.source in sources else read(run.source)
             except MissingChunk:
                 raise FormatError("a patch names a chunk that no pack holds") from None
+            sources[run.source] = data
             if run.offset + run.length > len(data):
                 raise FormatError("a patch names bytes that its source has not")
             parts.append(data[run.offset : run.offset + run.length])
