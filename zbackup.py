@@ -2689,7 +2689,7 @@ class Index:
     def _open(self) -> sqlite3.Connection:
         import sqlite3
 
-        if self.path != ":memory:":
+        if self.is_shared:
             with contextlib.suppress(OSError):  # SQLite would let others read it; its log has the mode that it has
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
                 os.chmod(self.path, 0o600)
@@ -2832,6 +2832,11 @@ class Index:
             remove_index(self.path)
             self.path = ":memory:" if in_memory else self.path
             self._connection = self._open()
+
+    @property
+    def is_shared(self) -> bool:
+        """Tell whether another process can open it: not one in memory, for want of room on the disk."""
+        return self.path != ":memory:"
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
@@ -9149,7 +9154,7 @@ class StepQueue:
         self._waiting: list[Due] = []
         self._size = 0  # bytes of these
         self._sent: deque[Sequence[Due]] = deque()
-        self._to_start = attributes.options.jobs > 1
+        self._to_start = attributes.options.jobs > 1 and maker.reader.index.is_shared
         self._workers: Workers | None = None
 
     def put(self, due: Due) -> None:
