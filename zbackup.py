@@ -3881,13 +3881,19 @@ class Store:
         self.index.close()
         os.close(self._lock)
 
-    def load_index(self) -> None:
-        """Make the index say what the packs say (I4); what is damaged is noted until `repair` has seen to it."""
+    def load_index(self) -> dict[str, str]:
+        """Make the index say what the packs say (I4); what is damaged is noted until `repair` has seen to it.
+
+        Returns name and path of each pack.
+        """
         known = self.index.list_packs()  # first: other processes add packs meanwhile
         packs = list_packs(self.packs)
         lost, new = sorted(known - packs.keys()), sorted(packs.keys() - known)
         for name in lost:
             self.note_damage(name, LOST_PACK)
+        for folder in sorted({os.path.dirname(packs[name]) for name in new} | {self.packs}) if new else ():
+            with contextlib.suppress(OSError):  # a disk that is only read
+                sync_folder(folder)  # another run may have put it there just now: durable before it is known (I2)
         if new or lost or self.lost.digests:
             with self.index.together():
                 for name in lost:
@@ -3897,6 +3903,7 @@ class Store:
                 self._find_loose_anew({name: packs[name] for name in packs if lost or name in new})
         for name, what in self.list_damage(packs).items():
             note_once(self.problems, f"pack {name} is {what}, and with it parts of snapshots; see `repair`")
+        return packs
 
     def _add_pack(self, name: str, path: str) -> None:
         try:
@@ -4961,11 +4968,11 @@ def plan_checks(packs: Mapping[str, str], times: Mapping[str, int], share: float
 def verify_index(store: Store, packs: Mapping[str, str]) -> str:
     """Compare the index with the packs, and make it anew where it differs; returns why, or ""."""
     try:
+        store.load_index()  # another process may have sealed one of them just now
         counts = store.index.count_rows()
         for name, path in packs.items():
             with contextlib.suppress(FormatError, OSError):  # told when the pack is read
                 rows = list({row[0]: row for row in reversed(read_pack_index(path))}.values())
-                store.index.put_pack(name, rows)  # should another process have sealed it just now
                 if counts.get(name, len(rows)) != len(rows) or not store.index.has_rows(name, rows):
                     raise StoreError(f"it did not say what pack {name} holds")
         if counts.keys() - list_packs(store.packs).keys():  # anew: other processes add packs meanwhile
@@ -4980,7 +4987,8 @@ def verify_index(store: Store, packs: Mapping[str, str]) -> str:
 
 def verify_packs(store: Store, harm: Harm, options: VerifyOptions) -> tuple[list[PackCheck], int, int]:
     """Read packs; returns those that do not give all they hold, and how many and how many bytes were read."""
-    packs, times = list_packs(store.packs), load_times(store, VERIFIED)
+    # All that is read must be known: a patch draws from chunks of its own pack, which may be sealed just now.
+    packs, times = store.load_index(), load_times(store, VERIFIED)
     checks = plan_checks(packs, times, options.share)
     total, done, count = sum(size for _, size in checks), 0, 0
     bad: list[PackCheck] = []
@@ -5062,11 +5070,13 @@ def verify_files(store: Store) -> list[tuple[str, str]]:
 
 def verify_snapshots(store: Store, harm: Harm) -> None:
     """Look through all snapshots for what is lost."""
-    for pack in list_packs(store.packs).values():
+    for pack in store.load_index().values():
         harm.put_patches(pack)
     for node in store.list_nodes():
         folder = store.node(node.folder)
-        for snapshot in folder.list_snapshots():
+        snapshots = folder.list_snapshots()
+        store.load_index()  # a run beside us may have put the packs of the last ones into an older index
+        for snapshot in snapshots:
             harm.put_snapshot(snapshot, snapshot.name)
         for trashed in folder.list_trash():
             harm.put_snapshot(trashed.snapshot, f"{trashed.snapshot.name} (in the trash)")
@@ -5081,8 +5091,6 @@ def verify_store(store: Store, harm: Harm, options: VerifyOptions) -> VerifyRepo
     for check in bad:
         harm.put_lost(check.bad)
     damaged = [check for check in bad if check.problem]
-    if index:
-        store.load_index()  # a run beside us may have put new packs into the old one
     verify_snapshots(store, harm)
     still = store.lost.digests & harm.named.find(sorted(store.lost.digests))
     if still != store.lost.digests and not harm.new:  # healed, or no longer in any snapshot

@@ -399,6 +399,23 @@ def test_pack_is_durable_before_the_index_knows_it(writer: z.PackWriter, monkeyp
     assert steps[steps.index("rename") + 1 :] == ["folder", "folder", "index"]
 
 
+def test_pack_of_another_run_is_durable_before_the_index_knows_it(
+    store: z.Store, writer: z.PackWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been put in its place just now: what is built on it must not outlive it in a power cut."""
+    with contextlib.closing(z.Index(":memory:")) as other:
+        writer.index = other
+        writer.put_chunk(b"text")
+        writer.seal()
+    (name,) = writer.sealed
+    steps = []
+    monkeypatch.setattr(z, "sync_folder", lambda path: steps.append(os.path.basename(path)))
+    real_put = store.index.put_pack
+    monkeypatch.setattr(store.index, "put_pack", lambda *a: steps.append("index") or real_put(*a))
+    store.load_index()
+    assert sorted(steps[:2]) == sorted([name[:2], "packs"]) and steps[2:] == ["index"]
+
+
 # ---- patches ----
 
 page_runs = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 7), st.integers(1, 8)), min_size=1, max_size=10)

@@ -467,7 +467,7 @@ def test_sample_reads_what_was_not_read_for_longest(larger: Trial) -> None:
         assert max(before[name] for name in now) <= min((before[n] for n in packs.keys() - now), default=0)
         read += now
         turns += 1
-    assert turns in (3, 4)
+    assert 2 <= turns <= 4  # 2 where a large pack comes last in the first of them
     assert verify(store, "--sample", "100%")[1]["checked"] == len(packs)
     larger.mend()
 
@@ -602,6 +602,53 @@ def test_verify_runs_beside_a_sweep(world: World) -> None:
     assert set(codes) == {(0, "", "")}
     assert json.loads(world.run("verify", "--json").stdout)["index"] == ""
     wait_until(lambda: len(world.listed(FOLDER)) == 4, what="the snapshots")
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[z.Store, z.Harm]]:
+    """Open a store, with what is found harmed in it."""
+    with contextlib.ExitStack() as stack:
+        store = stack.enter_context(contextlib.closing(z.open_store(str(path))))
+        reader = stack.enter_context(contextlib.closing(store.reader()))
+        yield store, stack.enter_context(contextlib.closing(z.Harm(store, reader)))
+
+
+def seal_beside(store: z.Store) -> z.Snapshot:
+    """Seal a pack that the index does not know yet, with a patch of a chunk of its own; returns what will name it."""
+    folder = store.node(FOLDER)
+    last = next(folder.newest())
+    with contextlib.closing(z.Index(":memory:")) as index:
+        writer = z.PackWriter(store.packs, index, z.ZLIB, 1)
+        data = os.urandom(3 * z.PAGE)
+        source, digest = writer.put_chunk(data), z.digest_pages(z.hash_pages(data[z.PAGE :]))
+        writer.put_patch(digest, [z.Run(source, z.PAGE, 2 * z.PAGE)])
+        blocks = z.BlockWriter(writer)
+        content = z.Content(2 * z.PAGE, (digest,), (), "stable")
+        blocks.put(z.Entry(z.encode_stat(z.Stat(b"new", "file", size=content.size)), z.encode_content(content)))
+        new = z.replace(last, blocks=blocks.close(), name="2040-01-01T00-00-00Z", sequence=99, grade="stable")
+        writer.seal()
+    return new
+
+
+def test_pack_sealed_in_the_moment_in_which_packs_are_read(small: World) -> None:
+    """It stands in its place, and the run beside us has not put it into the index yet: no damage."""
+    with opened(small.store) as (store, harm):
+        seal_beside(store)
+        assert z.verify_packs(store, harm, z.VerifyOptions())[0] == []
+
+
+def test_snapshot_saved_after_the_packs_were_read(small: World) -> None:
+    """Its pack went into an index that this run has put aside: it is found all the same, and nothing is lost."""
+    with opened(small.store) as (store, harm):
+        new: list[z.Snapshot] = []
+
+        def tick(done: int, total: int) -> None:
+            if done == total:
+                new.append(seal_beside(store))
+                store.node(FOLDER).save_snapshot(new[0])
+
+        report = z.verify_store(store, harm, z.VerifyOptions(tick=tick))
+        assert len(new) == 1 and report.sound and list(harm.list_files()) == []
 
 
 # ---- what cannot be read here, or may not be written ----
