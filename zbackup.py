@@ -3043,16 +3043,16 @@ class PackWriter:
             self.flush()
         return self._places.get(digest)
 
-    def put_frame(self, codec: int, data: bytes | memoryview, pieces: Sequence[Piece]) -> None:
-        """Put chunks that came compressed as `data`, whose digests have been checked (I5).
+    def put_frame(self, frame: tuple[int, int, bytes | memoryview], pieces: Sequence[Piece]) -> None:
+        """Put chunks whose digests have been checked (I5); `frame`, as for encode_record, is how they came.
 
-        The frame is kept as it came where it is large and all of it is new.
+        It is kept as it came where it is large, all of it is new and nothing else is in it.
         """
         new = self.unknown(piece.digest for piece in pieces)
         size = sum(len(piece.data) for piece in pieces)
-        if size >= CHUNK // 2 and len(new) == len(pieces):
+        if size >= CHUNK // 2 and len(new) == len(pieces) and size == frame[1]:
             rows = [(piece.digest, len(piece.data)) for piece in pieces]
-            self._put_record(FRAME, rows, b"".join(piece.pages for piece in pieces), (codec, size, data))
+            self._put_record(FRAME, rows, b"".join(piece.pages for piece in pieces), frame)
             return
         for piece in pieces:
             if piece.digest in new:
@@ -4573,7 +4573,8 @@ class Repacker:
                 raise FormatError(f"chunk {digest.hex()} has other bytes than it had")
             pieces.append(Piece(digest, pages, data))
         if all(piece.pages for piece in pieces):
-            self.writer.put_frame(record.codec, read_range(fd, record.stored, record.data_offset), pieces)
+            stored = read_range(fd, record.stored, record.data_offset)
+            self.writer.put_frame((record.codec, record.raw, stored), pieces)
         else:
             for piece in pieces:
                 if piece.pages:
@@ -7300,6 +7301,7 @@ class Plan:
     told: Told
     parts: tuple[tuple[int, int, int], ...]  # start, end and old place, as Search.stretches gives them
     old: OldContent
+    in_place: bool = False  # what no part names stands where it stood, in the chunk that was compared with
 
     @property
     def need(self) -> list[tuple[int, int]]:
@@ -7364,6 +7366,16 @@ class Plan:
         return runs
 
 
+def find_overwritten(told: Told, pages: bytes) -> list[tuple[int, int]]:
+    """Return the stretches of a chunk that are new, where most of it stands where it stood, its end too; else none.
+
+    `pages` are the hashes of what stood there.  What was put in, or taken out, would have moved the end.
+    """
+    new = [(first * PAGE, end * PAGE) for first, end in find_stretches(pages, told.hashes)]
+    found = told.length - sum(end - start for start, end in new)
+    return new if new and new[-1][1] < told.length and found >= ENOUGH * told.length else []
+
+
 class Finder:
     """Finds what moved within one file, chunk after chunk."""
 
@@ -7386,8 +7398,12 @@ class Finder:
         """Note that the store had a chunk that the node told of."""
         self._vain, self._moved = 0, True
 
-    def find(self, number: int, told: Told, size: int) -> Plan:
-        """Return the plan for a chunk of a file that now has `size` bytes."""
+    def find(self, number: int, told: Told, size: int, pages: bytes = b"") -> Plan:
+        """Return the plan for a chunk of a file that now has `size` bytes; `pages` are hashes of what stood there."""
+        new = find_overwritten(told, pages)
+        if new:
+            self._vain = self._shift = 0
+            return Plan(told, tuple((start, end, -1) for start, end in new), self._old, in_place=True)
         search = Search(told)
         places: list[int] = []
         for shift in (self._shift, 0, size - self._old.size):
@@ -7478,7 +7494,7 @@ class Receiver:
             found.append(got)
         if raw:
             raise ProtocolError("sent more bytes than its answer names")
-        self.writer.put_frame(codec, message.body, self._pieces)
+        self.writer.put_frame((codec, size, message.body), self._pieces)
         for digest, runs, whole in self._patches:
             if whole is None:
                 self.writer.put_patch(digest, runs)
@@ -7551,20 +7567,27 @@ class Receiver:
         pages = self._patch_pages(want.pages, changed, piece.pages, length)
         if len(piece.data) != size or digest_pages(pages) != digest:
             raise ProtocolError("sent a patch that does not give the digest it names")
-        base = self.reader.runs(want.base)
-        if not covers(changed, length, sum(run.length for run in base)):
-            raise ProtocolError("sent a patch that leaves a part of the chunk open")
-        runs = self._draw_from_whole(patch_runs(base, changed, piece.digest, length), piece.digest)
-        self._pieces.append(piece)
+        self._keep_patch(want.base, changed, piece, (digest, length))
         if 2 * size > length:
             self._watch(want, piece.digest, piece.data)
+        return size
+
+    def _keep_patch(
+        self, base: bytes, changed: Sequence[tuple[int, int]], piece: Piece, made: tuple[bytes, int]
+    ) -> None:
+        """Keep what is new of a chunk; `made` is its digest, which the hashes of its pages give, and its length."""
+        digest, length = made
+        below = self.reader.runs(base)
+        if not covers(changed, length, sum(run.length for run in below)):
+            raise ProtocolError("sent a patch that leaves a part of the chunk open")
+        runs = self._draw_from_whole(patch_runs(below, changed, piece.digest, length), piece.digest)
+        self._pieces.append(piece)
         whole = None
         if needs_whole(runs, length) or digest in self.reader.distrusted:
             with contextlib.suppress(StoreError):  # which distrusts the base: it is not asked against again
-                whole = patch_data(self.reader.get(want.base), changed, piece.data, length)
-        if want.base not in self.reader.distrusted:
+                whole = patch_data(self.reader.get(base), changed, piece.data, length)
+        if base not in self.reader.distrusted:
             self._patches.append((digest, runs, whole))
-        return size
 
     def _take_told(self, item: Fields, raw: memoryview) -> tuple[Got, memoryview]:
         """Take what the node tells of a chunk; nothing more is to be asked for where the store has it."""
@@ -7601,6 +7624,10 @@ class Receiver:
         if size == told.length:
             self._pieces.append(piece)
             self._watch(want, told.digest, piece.data)
+        elif plan.in_place and want.base:
+            self._keep_patch(want.base, plan.need, piece, (told.digest, told.length))
+            if want.base in self.reader.distrusted:
+                return Got("later", item), raw[size:]
         elif not self.put_moved(plan, piece.data):
             return Got("later", item), raw[size:]
         return Got("part", item, told.digest, told.length), raw[size:]
@@ -7784,6 +7811,9 @@ class Intake:
         self.on_seal(progress)
 
 
+TOGETHER = 8  # chunks asked for in one question at most, where those before have changed little: 0.3 ms less for each
+
+
 class Reading:
     """One reading of one file, from its first chunk to its last."""
 
@@ -7799,6 +7829,7 @@ class Reading:
         self._content: Content | None = None
         self._next = 0  # the first chunk not asked for
         self._owed = 0
+        self._together = 1  # chunks that the next question may be about
         self._again: deque[Want] = deque()  # to be asked for what is needed, now that the node has told of them
         self._ready: dict[int, Got] = {}  # answers by their chunks, until those before them are there
         self._over = False  # nothing more is to be asked for
@@ -7808,16 +7839,16 @@ class Reading:
     def run(self) -> Content | None:
         """Read; returns the content, or None where there is none or the file changed."""
         self.intake.current = self._current
-        self._ask_next()
+        self._ask_next(1)
         if self.slot.old or not self.intake.has_before:  # else what is said of the first chunk decides how to ask
             self._ask_ahead()
         while self._owed and not self._content:
             self.intake.step()
         while self._content and not self._over and self.chunks.count < self._total:
             if self._again:
-                self._ask(self._again.popleft())
+                self._ask([self._again.popleft()])
             elif self._next < self._total and not (self._owed and self._finder.is_undecided(self._next)):
-                self._ask_next()
+                self._ask_next(self._total)
             elif self._owed:
                 self.intake.step()
             else:
@@ -7836,7 +7867,7 @@ class Reading:
         """Ask for what the listing says is there, before the first answer: it may be one of many files of this size."""
         listed = count_chunks(self.slot.stat.size)
         while not self._content and self._owed and self._next < listed and not self._finder.is_undecided(self._next):
-            self._ask_next()
+            self._ask_next(listed)
 
     @property
     def _is_whole(self) -> bool:
@@ -7849,27 +7880,49 @@ class Reading:
         found = self.chunks.content(size, whole.grade)
         return found._replace(xattrs=whole.xattrs)
 
-    def _ask_next(self) -> None:
-        base, pages, number = None, b"", self._next
+    def _ask_next(self, end: int) -> None:
+        """Ask for the next chunk; where the store knows what stood there, for those up to `end` that it knows, too."""
+        wants = [self._want(self._next)]
+        while wants[-1].pages and len(wants) < self._together and not self._is_edge(self._next + len(wants), end):
+            wants.append(self._want(self._next + len(wants)))
+        if len(wants) > 1 and not wants[-1].pages:
+            wants.pop()  # much may come: alone
+        self._next += len(wants)
+        self._ask(wants)
+
+    def _is_edge(self, number: int, end: int) -> bool:
+        return number >= end or self._finder.is_undecided(number)
+
+    def _want(self, number: int) -> Want:
+        base, pages = None, b""
         for table in self.tables:
             base = table.get(number)
             pages = self.intake.receiver.pages(base)
             if pages:
                 break
         tell = (self.slot.old is not None or self.intake.has_before) and self._finder.is_worth(number)
-        self._next += 1
-        self._ask(Want(self.slot, number, base if pages else None, pages, tell))
+        return Want(self.slot, number, base if pages else None, pages, tell)
 
-    def _ask(self, want: Want) -> None:
-        self._owed += 1
-        self.intake.ask([want], want.plan.size if want.plan else CHUNK, lambda found: self._take(want, found[0]))
+    def _ask(self, wants: Sequence[Want]) -> None:
+        self._owed += len(wants)
+        cost = wants[0].plan.size if wants[0].plan else min(len(wants), 2) * CHUNK
+        self.intake.ask(wants, cost, lambda found: self._take_all(wants, found))
 
     def _wait(self) -> None:
         while self._owed:
             self.intake.step()
 
+    def _take_all(self, wants: Sequence[Want], found: Sequence[Got]) -> None:
+        for want, got in zip(wants, found):
+            self._owed -= 1
+            little = got.status in ("same", "patch")
+            self._together = min(self._together + 1, TOGETHER) if little else max(self._together // 2, 1)
+            if got.status == "later" and want is not wants[0]:
+                self._again.append(want)  # there was no more room in the answer
+            else:
+                self._take(want, got)
+
     def _take(self, want: Want, got: Got) -> None:
-        self._owed -= 1
         if self._over or want.chunk < self.chunks.count:
             return  # in a hole that an earlier answer told of
         if got.status not in ("gone", "error", "lost", "later"):
@@ -7887,7 +7940,8 @@ class Reading:
 
     def _find(self, want: Want, got: Got, told: Told) -> None:
         """Look in the old content for what a node has told of; what is not there is asked for."""
-        plan = self._finder.find(want.chunk, told, self._content.size if self._content else 0)
+        size = self._content.size if self._content else 0
+        plan = self._finder.find(want.chunk, told, size, want.pages)
         if plan.need:
             self._again.append(want._replace(tell=False, plan=plan))
         elif self.intake.receiver.put_moved(plan):

@@ -225,6 +225,34 @@ def test_shifted_content_is_found(calm: World, name: str) -> None:
     assert pull(calm, "--no-latest", "--checksum")["sent"] < 0.01 * len(new)
 
 
+OVERWRITTEN = {  # of each chunk that is changed, first byte and end
+    "a few pages": [(5 * PAGE, 7 * PAGE), (90 * PAGE, 91 * PAGE)],
+    "nearly a fourth": [(100 * PAGE, 160 * PAGE)],  # more than fits one answer to a question about eight chunks
+    "less than half": [(9 * PAGE, 50 * PAGE), (130 * PAGE, 200 * PAGE)],
+    "its start": [(0, 100 * PAGE)],
+    "its end": [(200 * PAGE, MIB)],
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_overwritten_pages_alone_are_sent(calm: World, name: str) -> None:
+    """Of chunks that are asked for together."""
+    old = bytearray(random.Random(7).randbytes(21 * MIB + 100))
+    (calm.files / "big").write_bytes(old)
+    pull(calm, "--no-latest")
+    count = 0
+    for number in (1, 2, *range(4, 20)):
+        for start, end in OVERWRITTEN[name]:
+            old[number * MIB + start : number * MIB + end] = random.Random(number + start).randbytes(end - start)
+            count += end - start
+    (calm.files / "big").write_bytes(old)
+    second = pull(calm, "--no-latest")
+    assert count < second["sent"] < count + 22 * TOLD + 10_000
+    assert second["added"] < count + 40_000
+    check_restored(calm)
+    assert pull(calm, "--no-latest")["changed"] == 0
+
+
 def test_shifted_again_and_again(calm: World) -> None:
     choice = random.Random(5)
     data, versions = OLD[: 3 * MIB], []

@@ -293,7 +293,7 @@ def test_frame_is_kept_as_it_came(store: z.Store, writer: z.PackWriter) -> None:
     pieces = [piece_of(noise(300_000, seed)) for seed in "ab"]
     raw = b"".join(piece.data for piece in pieces)
     packed = zlib.compress(raw, 9)
-    writer.put_frame(z.ZLIB, memoryview(packed), pieces)
+    writer.put_frame((z.ZLIB, len(raw), memoryview(packed)), pieces)
     assert (writer.count, len(packed) < writer.size < len(packed) + 20_000) == (2, True)
     writer.seal()
     (pack,) = packs_of(store.path)
@@ -301,7 +301,7 @@ def test_frame_is_kept_as_it_came(store: z.Store, writer: z.PackWriter) -> None:
     assert read_all(store.path, [piece.digest for piece in pieces]) == [bytes(piece.data) for piece in pieces]
 
 
-@pytest.mark.parametrize("case", ["small", "partly known", "twice the same"])
+@pytest.mark.parametrize("case", ["small", "partly known", "twice the same", "more than the pieces"])
 def test_frame_is_regrouped(store: z.Store, writer: z.PackWriter, case: str) -> None:
     size = 1000 if case == "small" else 300_000
     pieces = [piece_of(noise(size, seed)) for seed in "ab"]
@@ -309,8 +309,9 @@ def test_frame_is_regrouped(store: z.Store, writer: z.PackWriter, case: str) -> 
         writer.put_chunk(bytes(pieces[0].data))
     if case == "twice the same":
         pieces.append(pieces[0])
-    packed = zlib.compress(b"".join(piece.data for piece in pieces))
-    writer.put_frame(z.ZLIB, packed, pieces)
+    raw = b"".join(piece.data for piece in pieces) + (b"told" if case == "more than the pieces" else b"")
+    packed = zlib.compress(raw)
+    writer.put_frame((z.ZLIB, len(raw), packed), pieces)
     assert writer.count == 2
     writer.seal()
     (pack,) = packs_of(store.path)

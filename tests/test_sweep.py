@@ -926,15 +926,18 @@ Twist = Callable[[dict[str, Any], dict[str, Any], bytes], Answer]  # file asked 
 def serve_chunks(data: bytes, twist: Twist | None = None) -> dict[str, Callable[..., Answer]]:
     """Return the answers of an honest node with one large file, but for what `twist` makes of each."""
 
-    def answer(fake: FakeNode, asked: dict[str, Any], body: bytes) -> Answer:
-        file = asked["files"][0]
+    def answer_one(file: dict[str, Any]) -> Answer:
         chunk = data[file["chunk"] * CHUNK : (file["chunk"] + 1) * CHUNK]
         item, raw = {**make_item(chunk), "size": len(data), "state": [len(data), 1, 1, 2]}, chunk
         if "need" in file:
             item["status"], raw = "part", b"".join(chunk[f * PAGE : (f + n) * PAGE] for f, n in file["need"])
         elif file.get("tell"):
             item["status"], raw = "pages", zbackup.encode_told(chunk, zbackup.hash_pages(chunk))
-        return reading(*twist(file, item, raw)) if twist else reading([item], raw)
+        return twist(file, item, raw) if twist else ([item], raw)
+
+    def answer(fake: FakeNode, asked: dict[str, Any], body: bytes) -> Answer:
+        said = [answer_one(file) for file in asked["files"]]
+        return reading([item for items, _ in said for item in items], b"".join(raw for _, raw in said))
 
     return {"LIST": list_lines(make_line("a", len(data), inode=2)), "READ": answer}
 
@@ -1083,26 +1086,30 @@ def test_answers_come_late_and_holes_between_them(world: World) -> None:
 
 def test_answers_tell_of_a_hole_and_of_an_end_of_it(world: World) -> None:
     """What one answer said of the chunks behind it is overtaken by a later one, about the chunk before it."""
-    old = os.urandom(8 * CHUNK)
-    data = old[:CHUNK] + b"moved" + old[CHUNK : 2 * CHUNK - 5] + bytes(3 * CHUNK) + old[5 * CHUNK :] + b"end"
+    start = os.urandom(7 * CHUNK)  # the hole begins with the last chunk of one question, and the next has one chunk
+    old = start + os.urandom(3 * CHUNK) + bytes(CHUNK) + os.urandom(3 * CHUNK)
+    data = start + b"moved" + old[7 * CHUNK : 8 * CHUNK - 5] + bytes(3 * CHUNK) + old[11 * CHUNK :] + b"end"
     asked: list[int] = []
 
     def twist(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
         asked.append(file["chunk"])
         if item["status"] == "part":
             return [item], bytes(len(raw))
-        if file["chunk"] == 1 and not file.get("tell"):
+        if file["chunk"] == 7 and not file.get("tell"):
             return [{**item, "status": "zeros", "count": 2}], b""
-        zeros = {2: 3, 3: 1, 4: 1}.get(file["chunk"])
+        zeros = {8: 3, 9: 1, 10: 1}.get(file["chunk"])
         return ([{**item, "status": "zeros", "count": zeros}], b"") if zeros else ([item], raw)
 
-    with FakeNode("127.0.0.9", world.port, **serve_chunks(old)) as fake:
+    def twist_old(file: dict[str, Any], item: dict[str, Any], raw: bytes) -> Answer:
+        return ([{**item, "status": "zeros", "count": 1}], b"") if file["chunk"] == 10 else ([item], raw)
+
+    with FakeNode("127.0.0.9", world.port, **serve_chunks(old, twist_old)) as fake:
         world.sweep("--no-latest")
         fake.answers = serve_chunks(data, twist)
         flags = ("--no-latest", "--tries", "1", "--window", "2MiB")
         assert world.sweep(*flags, code=1)["nodes"][0]["snapshot"]["grade"] == "torn"
-    assert asked.count(1) == 3 and asked.index(5) < asked.index(4)
-    assert (world.restore(code=None) / "a").read_bytes() == data[:CHUNK] + bytes(2 * CHUNK) + data[3 * CHUNK :]
+    assert asked.count(7) == 3 and asked.index(11) < asked.index(10)
+    assert (world.restore(code=None) / "a").read_bytes() == start + bytes(2 * CHUNK) + data[9 * CHUNK :]
 
 
 # ---- the search for it ----
@@ -1223,6 +1230,29 @@ def test_told_digest_that_cannot_be_read_is_not_known(tmp_path: Path, monkeypatc
             receiver.reader.distrusted.clear()
             assert not receiver._is_known(digest, len(data))
         assert digest in receiver.reader.distrusted
+
+
+def test_overwritten_pages_are_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing old is read for a chunk most of which stands where it stood, its end too."""
+    old, page = os.urandom(CHUNK), zbackup.PAGE
+
+    def find(*changed: tuple[int, int]) -> zbackup.Plan:
+        new = bytearray(old)
+        for start, end in changed:
+            new[start:end] = os.urandom(end - start)
+        finder = zbackup.Finder(receiver.reader, zbackup.Content(CHUNK, (digest,)))
+        return finder.find(0, tell(bytes(new)), CHUNK, zbackup.hash_pages(old))
+
+    with open_reader(tmp_path / "store") as receiver:
+        digest = receiver.writer.put_chunk(old)
+        with monkeypatch.context() as patched:
+            patched.setattr(receiver.reader, "get", fail(AssertionError("read")))
+            for changed in ([(0, 9 * page)], [(3 * page, 5 * page), (9 * page, 120 * page)]):
+                plan = find(*changed)
+                assert plan.in_place and plan.need == changed
+        for start, end in ((255 * page, CHUNK), (0, 160 * page)):
+            plan = find((start, end))
+            assert not plan.in_place and plan.need == [(start, end)]
 
 
 def test_search_ends_where_the_store_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
