@@ -110,16 +110,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
 
 if TYPE_CHECKING:
+    import io
     import ipaddress
     import socket
     import sqlite3
-    from multiprocessing.connection import Connection
 
     import zmq
 
 # Imported where they are used, for a quick start and `--help`: zmq, sqlite3,
-# datetime, fcntl, glob, grp, ipaddress, multiprocessing, pwd, queue, secrets,
-# shlex, socket, subprocess, tempfile, time.
+# datetime, fcntl, glob, grp, ipaddress, pickle, pwd, queue, secrets, shlex,
+# socket, subprocess, tempfile, time.
 
 
 # ==== 1. SETTINGS: every figure, its unit and why ====
@@ -1372,6 +1372,7 @@ class ServerSettings:
     longest: float = LONGEST
     jobs: int = JOBS
     latest: bool = True
+    latest_jobs: int = 1
     checksum: bool = False
     timeout: float = HELLO_TIMEOUT
     answer_timeout: float = ANSWER_TIMEOUT
@@ -2837,16 +2838,6 @@ class Index:
     def is_shared(self) -> bool:
         """Tell whether another process can open it: not one in memory, for want of room on the disk."""
         return self.path != ":memory:"
-
-    @contextlib.contextmanager
-    def closed(self) -> Iterator[None]:
-        """Have no connection meanwhile: those of SQLite do not bear a fork."""
-        with self._locked():
-            self._connection.close()
-            try:
-                yield
-            finally:
-                self._connection = self._open()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -8615,6 +8606,165 @@ BATCH_FILES = 128  # made by one process at once, the places of their chunks loo
 BATCH_BYTES = 4 << 20
 
 
+# ---- processes that work beside this one ----
+
+Opened = Callable[[Any], "contextlib.AbstractContextManager[Callable[[Any], Any]]"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a path could not be put, or a job not be done."""
+
+    message: str
+    damaged: bool = False  # the store is at fault
+    number: int = 0  # errno
+
+
+def _serve_jobs(pipe: io.BufferedRWPair, opened: Opened) -> None:
+    """Do the jobs that come through a pipe, each at the place that was named last; EOFError at its end."""
+    import pickle
+
+    place: Any = None
+    with contextlib.ExitStack() as stack:
+        do: Callable[[Any], Any] | None = None
+        while True:
+            job, there = pickle.load(pipe)
+            if job is None:
+                stack.close()
+                place, do = there, None
+                continue
+            try:
+                do = do or stack.enter_context(opened(place))
+                result = do(job)
+            except Exception as error:  # a fault: the other one says so
+                result = Failure(f"{type(error).__name__}: {error}")
+            pickle.dump(result, pipe, pickle.HIGHEST_PROTOCOL)
+            pipe.flush()
+
+
+class Workers:
+    """Processes that do jobs beside this one, at one place after the other; the results come in the order of the jobs.
+
+    They are forked: no thread may run, and no database be open, when this object is made.  They end when this process
+    does, however it ends.  Where there may be no more processes they are fewer, or none.
+    """
+
+    def __init__(self, count: int, opened: Opened, flag: str) -> None:
+        self._flag = flag  # that says how many
+        self._pipes: list[io.BufferedRWPair] = []
+        self._processes: list[int] = []
+        self._busy: deque[io.BufferedRWPair] = deque()  # whose results are to come, the oldest first
+        self._taken = threading.Lock()  # from begin to end
+        self._failed = False
+        with contextlib.suppress(OSError):
+            while len(self._pipes) < count > 1:  # one alone would only be waited for
+                self._start(opened)
+
+    def _start(self, opened: Opened) -> None:
+        import socket
+
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            process = os.fork()
+            if not process:
+                self._serve(ours, theirs, opened)
+            self._pipes.append(ours.makefile("rwb"))
+            self._processes.append(process)
+
+    def _serve(self, ours: socket.socket, theirs: socket.socket, opened: Opened) -> NoReturn:
+        """Be one of them."""
+        import signal
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):  # they reach all: the one that began them decides
+                signal.signal(number, signal.SIG_IGN)
+            ours.close()  # and those of the others: else they would not see the other end close
+            for pipe in self._pipes:
+                pipe.close()
+            _serve_jobs(theirs.makefile("rwb"), opened)
+        finally:
+            os._exit(0)
+
+    def begin(self, place: object) -> bool:
+        """Have them work at a place until `end`; False where they are at another one, or cannot."""
+        if not self._pipes or self._failed or not self._taken.acquire(blocking=False):
+            return False
+        try:
+            for pipe in self._pipes:
+                self._put(pipe, (None, place))
+        except RestoreError:
+            self._taken.release()
+            return False
+        return True
+
+    def end(self) -> None:
+        """Have them leave the place, whose unfinished jobs are waited for."""
+        with contextlib.suppress(RestoreError):
+            while self._busy:
+                self._get()
+            for pipe in self._pipes:
+                self._put(pipe, (None, None))
+        self._taken.release()
+
+    @property
+    def full(self) -> bool:
+        """Tell whether a result must be received before the next job is sent.
+
+        Each has one job: with two, it and this process might wait for each other, both with more to send than fits.
+        """
+        return len(self._busy) == len(self._pipes)
+
+    def send(self, job: object) -> None:
+        """Give a job, which is not None, to the next process in turn."""
+        pipe = self._pipes[0]
+        self._pipes.append(self._pipes.pop(0))
+        self._busy.append(pipe)
+        self._put(pipe, (job, None))
+
+    def receive(self) -> Any:
+        """Return the result of the oldest job; RestoreError where its process failed."""
+        result = self._get()
+        if isinstance(result, Failure):
+            raise RestoreError(f"one of the processes that write files has failed: {result.message}")
+        return result
+
+    def _put(self, pipe: io.BufferedRWPair, message: object) -> None:
+        import pickle
+
+        with self._noticing():
+            pickle.dump(message, pipe, pickle.HIGHEST_PROTOCOL)
+            pipe.flush()
+
+    def _get(self) -> Any:
+        import pickle
+
+        with self._noticing():
+            return pickle.load(self._busy.popleft())
+
+    @contextlib.contextmanager
+    def _noticing(self) -> Iterator[None]:
+        import pickle
+
+        try:
+            yield
+        except (EOFError, ConnectionError, pickle.UnpicklingError):  # the last one where it was cut off
+            self._failed = True
+            what = "one of the processes that write files was killed, perhaps for want of memory"
+            raise RestoreError(f"{what}; try it again with {self._flag} 1") from None
+
+    def close(self) -> None:
+        """End them, when each is done with what it is at."""
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # a job for one that was killed
+                pipe.close()
+        for process in self._processes:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process, 0)
+
+
+# ---- how, and what of two snapshots differs ----
+
+
 @dataclass(frozen=True)
 class RestoreOptions:
     """How files are put back."""
@@ -8623,7 +8773,7 @@ class RestoreOptions:
     private: bool = False  # as `latest` is: the owner's bits alone, no owners, no xattrs
     token: str = ""  # makes temporary names that no file has; the same one finds them again
     numeric: bool = False  # owners by number, not by name
-    jobs: int = 1  # processes that write files
+    workers: Workers | None = None  # that make files, where there are enough of them
 
 
 def compare_entries(old: Iterator[Entry], new: Iterator[Entry]) -> Iterator[tuple[Entry | None, Entry | None]]:
@@ -8910,15 +9060,6 @@ class Ending:
 Step = Union[Making, Filling, Ending]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a path could not be put."""
-
-    message: str
-    damaged: bool = False  # the store is at fault
-    number: int = 0  # errno
-
-
 def explain_failure(error: Exception) -> Failure:
     """Return what an error means for the path that it was about."""
     if isinstance(error, (StoreError, FormatError)):
@@ -9042,91 +9183,6 @@ class FileMaker:
             os.close(fd)
 
 
-def _serve_jobs(pipe: Connection, others: Sequence[Connection], start: Callable[[], Callable[[Any], Any]]) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal: the one that began them decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in others:
-        other.close()  # its own end among them: else it would not see the other end close
-    do: Callable[[Any], Any] | None = None
-    with contextlib.suppress(EOFError, ConnectionError):  # the other one has ended
-        while True:
-            job = pipe.recv()
-            try:
-                do = do or start()
-                result = do(job)
-            except Exception as error:  # a fault: the other one says so
-                result = Failure(f"{type(error).__name__}: {error}")
-            pipe.send(result)
-
-
-class Workers:
-    """Processes that do jobs beside this one; the results come in the order of the jobs.
-
-    They are forked: no thread may run when they are started.  They end when this one does, however it ends.
-    Raises OSError where there may be no more processes.
-    """
-
-    def __init__(self, count: int, start: Callable[[], Callable[[Any], Any]]) -> None:
-        import multiprocessing
-
-        fork = multiprocessing.get_context("fork")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        self._busy: deque[Connection] = deque()  # whose results are to come, the oldest first
-        try:
-            for _ in range(count):
-                ours, theirs = fork.Pipe()
-                self._pipes.append(ours)
-                process = fork.Process(target=_serve_jobs, args=(theirs, tuple(self._pipes), start), daemon=True)
-                process.start()
-                self._processes.append(process)
-                theirs.close()
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def full(self) -> bool:
-        """Tell whether a result must be received before the next job is sent.
-
-        Each has one job: with two, it and this process might wait for each other, both with more to send than fits.
-        """
-        return len(self._busy) == len(self._pipes)
-
-    def send(self, job: object) -> None:
-        """Give a job to the next process in turn."""
-        pipe = self._pipes[0]
-        self._pipes.append(self._pipes.pop(0))
-        self._busy.append(pipe)
-        with self._noticing():
-            pipe.send(job)
-
-    def receive(self) -> Any:
-        """Return the result of the oldest job; RestoreError where its process failed."""
-        with self._noticing():
-            result = self._busy.popleft().recv()
-        if isinstance(result, Failure):
-            raise RestoreError(f"one of the processes that write files has failed: {result.message}")
-        return result
-
-    @contextlib.contextmanager
-    def _noticing(self) -> Iterator[None]:
-        try:
-            yield
-        except (EOFError, ConnectionError):
-            what = "one of the processes that write files was killed, perhaps for want of memory"
-            raise RestoreError(f"{what}; try it again with --jobs 1") from None
-
-    def close(self) -> None:
-        """End them, when each is done with what it is at."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join()
-
-
 @dataclass(frozen=True)
 class Due:
     """A file that waits for its name, or a folder for its attributes."""
@@ -9138,31 +9194,41 @@ class Due:
     step: Step | None = None  # to be taken before
 
 
-def start_workers(maker: FileMaker, options: RestoreOptions) -> Workers:
-    """Start processes that take steps as `maker` does."""
-    reader, root = maker.reader, maker.folders.root
+@dataclass(frozen=True)
+class Workplace:
+    """Where files are made and from what: all that another process needs to know."""
 
-    def start() -> Callable[[Sequence[Making | Filling]], Made]:
-        own = Reader(reader.packs, Index(reader.index.path), reader.lost, MOST_SOURCES)
-        return FileMaker(own, Folders(root), options).do
+    packs: str
+    index: str
+    lost: frozenset[bytes]
+    root: str  # the folder below which they are made
+    options: RestoreOptions
 
-    with reader.index.closed():
-        return Workers(options.jobs, start)
+
+@contextlib.contextmanager
+def opened_maker(place: Workplace) -> Iterator[Callable[[Sequence[Making | Filling]], Made]]:
+    """Open what is needed to take steps at a place."""
+    with contextlib.ExitStack() as stack:
+        folders = stack.enter_context(contextlib.closing(Folders(os.open(place.root, FOLDER_FLAGS))))
+        index = stack.enter_context(contextlib.closing(Index(place.index)))
+        reader = stack.enter_context(contextlib.closing(Reader(place.packs, index, place.lost, MOST_SOURCES)))
+        yield FileMaker(reader, folders, place.options).do
 
 
 class StepQueue:
     """Has steps taken, here or by workers, and hands on what they were for in the order in which it came."""
 
     def __init__(
-        self, maker: FileMaker, attributes: Attributes, hand_on: Callable[[Due, Failure | None], None]
+        self, maker: FileMaker, attributes: Attributes, place: str, hand_on: Callable[[Due, Failure | None], None]
     ) -> None:
         self._maker = maker
+        self._place = place  # path of the folder below which files are made
         self._attributes = attributes  # which counts what could not be set
         self._hand_on = hand_on
         self._waiting: list[Due] = []
         self._size = 0  # bytes of these
         self._sent: deque[Sequence[Due]] = deque()
-        self._to_start = attributes.options.jobs > 1 and maker.reader.index.is_shared
+        self._to_ask = attributes.options.workers if maker.reader.index.is_shared else None
         self._workers: Workers | None = None
 
     def put(self, due: Due) -> None:
@@ -9170,11 +9236,15 @@ class StepQueue:
         self._waiting.append(due)
         self._size += due.size
         if len(self._waiting) >= BATCH_FILES or self._size >= BATCH_BYTES:
-            if self._to_start:  # for less they do not pay
-                self._to_start = False
-                with contextlib.suppress(OSError):  # there may be no more processes: then without
-                    self._workers = start_workers(self._maker, self._attributes.options)
+            if self._to_ask:  # for less they do not pay
+                self._ask(self._to_ask)
             self._send()
+
+    def _ask(self, workers: Workers) -> None:
+        reader, options = self._maker.reader, replace(self._attributes.options, workers=None)
+        if workers.begin(Workplace(reader.packs, reader.index.path, reader.lost, self._place, options)):
+            self._workers = workers
+        self._to_ask = None
 
     def _send(self) -> None:
         while self._workers and self._workers.full:
@@ -9202,9 +9272,9 @@ class StepQueue:
             self._take(self._workers.receive())
 
     def close(self) -> Iterator[Due]:
-        """End the workers; returns what was not handed on."""
+        """Let the workers go; returns what was not handed on."""
         if self._workers:
-            self._workers.close()
+            self._workers.end()
         return itertools.chain(*self._sent, self._waiting)
 
 
@@ -9282,10 +9352,10 @@ class Publisher:
 class FileWriter:
     """Puts entries below one folder, in their order; a file is complete there or absent."""
 
-    def __init__(self, reader: Reader, root: int, options: RestoreOptions) -> None:
+    def __init__(self, reader: Reader, root: str, options: RestoreOptions) -> None:
         self.reader = reader
         self.options = options
-        self.folders = Folders(root)
+        self.folders = Folders(os.open(root, FOLDER_FLAGS))
         self.problems: list[Problem] = []
         self.damaged = False  # whether the store is at fault
         self.skipped = 0  # sockets, which their programs make
@@ -9296,7 +9366,7 @@ class FileWriter:
         self._attributes = Attributes(options)
         self.published = Publisher(self.folders, self._attributes, self.fail)
         self._maker = FileMaker(reader, self.folders, options)
-        self._queue = StepQueue(self._maker, self._attributes, self._hand_on)
+        self._queue = StepQueue(self._maker, self._attributes, root, self._hand_on)
         self._failed_parts: dict[bytes, Failure] = {}  # by path, of files whose other parts are not done yet
 
     def put(self, entry: Entry, old: Entry | None = None) -> None:
@@ -9343,7 +9413,7 @@ class FileWriter:
             self.skipped += 1  # made by its program at each start; `latest` is for files
         elif stat.kind != "file" or (stat.link_key and not self.options.private):
             yield self._make(entry, self._take_place(stat.path))
-        elif content.size > PART_CHUNKS * CHUNK and old is None and self.options.jobs > 1:
+        elif content.size > PART_CHUNKS * CHUNK and old is None and self.options.workers:
             yield from self._list_parts(entry, self._take_place(stat.path))
         else:
             yield self._leave(entry, stat.path, content.size, old)
@@ -9494,7 +9564,7 @@ def restore_snapshot(
     os.makedirs(to, exist_ok=True)
     if not options.token:  # the same for the same restore: it finds what a killed one left
         options = replace(options, token=f"{snapshot.identity}/{snapshot.folder}/{snapshot.name}")
-    writer = FileWriter(reader, os.open(to, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), options)
+    writer = FileWriter(reader, os.path.realpath(to), options)
     missing = set(paths)
 
     def on_damage(error: BackupError) -> None:
@@ -9553,9 +9623,10 @@ def _looks_equal(left: Entry, right: Entry) -> bool:
 class Latest:
     """The folder `latest` of a node, made to show one snapshot after the other."""
 
-    def __init__(self, folder: NodeFolder, reader: Reader) -> None:
+    def __init__(self, folder: NodeFolder, reader: Reader, workers: Workers | None = None) -> None:
         self.folder = folder
         self.reader = reader
+        self.workers = workers
         self.path = os.path.join(folder.path, "latest")
 
     def load(self) -> LatestState:
@@ -9602,8 +9673,8 @@ class Latest:
     def _apply(self, state: LatestState, snapshot: Snapshot) -> list[Problem]:
         self.folder.save_latest(state)
         make_folder(self.path)
-        root = os.open(self.path, FOLDER_FLAGS)
-        writer = FileWriter(self.reader, root, RestoreOptions(overwrite=True, private=True, token=state.token))
+        options = RestoreOptions(overwrite=True, private=True, token=state.token, workers=self.workers)
+        writer = FileWriter(self.reader, self.path, options)
         problems, unread = [], False
         try:
             for name in (*state.older, state.snapshot):
@@ -10704,10 +10775,10 @@ def open_command(args: argparse.Namespace) -> Store:
     return open_waiting(args.store, (make_clock(), threading.Event()), args.lock_wait)
 
 
-def make_after_pull(settings: ServerSettings) -> AfterPull:
+def make_after_pull(settings: ServerSettings, workers: Workers) -> AfterPull:
     """Return what is done with each new snapshot."""
     if settings.latest:
-        return lambda folder, reader, snapshot: Latest(folder, reader).update(snapshot)
+        return lambda folder, reader, snapshot: Latest(folder, reader, workers).update(snapshot)
     return lambda folder, reader, snapshot: ()
 
 
@@ -10742,33 +10813,30 @@ def find_server_pair(store: str, key_file: str) -> KeyPair:
 
 def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: Running, output: Output) -> int:
     """Make one sweep and report it; returns its exit code.  A store that fails ends this sweep only."""
-    try:
-        store = open_waiting(settings.store, running, settings.lock_wait, create=True)
-    except StoreError as error:
-        output.warn(f"zbackup: {error}")
-        return error.exit_code
-    wire: Wire | None = None
-    try:
-        wire = Wire(*running, settings.heartbeat, find_server_pair(settings.store, settings.key_file))
-        store.save_reserve(settings.reserve)
-        copier = Copier(store, wire, settings, make_after_pull(settings))
-        events = Events(
-            lambda report: tell_node(report, output), lambda: output.draw(describe_progress(copier.intakes))
-        )
-        numbers, failed = resolve(addresses)
-        for lost in failed:
-            events.report(lost)
-        report = sweep(copier, numbers, events)
-        report = replace(report, nodes=(*failed, *report.nodes))
-        tell_sweep(report, output)
-        return Interrupted.exit_code if running[1].is_set() else report.exit_code
-    except BackupError as error:
-        output.warn(f"zbackup: {error}")
-        return error.exit_code
-    finally:
-        if wire:
-            wire.close()
-        store.close()
+    with contextlib.ExitStack() as stack:
+        # The workers first: they are forked.
+        workers = Workers(settings.latest_jobs if settings.latest else 0, opened_maker, "--latest-jobs")
+        stack.enter_context(contextlib.closing(workers))
+        try:
+            store = open_waiting(settings.store, running, settings.lock_wait, create=True)
+            stack.enter_context(contextlib.closing(store))
+            wire = Wire(*running, settings.heartbeat, find_server_pair(settings.store, settings.key_file))
+            stack.enter_context(contextlib.closing(wire))
+            store.save_reserve(settings.reserve)
+            copier = Copier(store, wire, settings, make_after_pull(settings, workers))
+            events = Events(
+                lambda report: tell_node(report, output), lambda: output.draw(describe_progress(copier.intakes))
+            )
+            numbers, failed = resolve(addresses)
+            for lost in failed:
+                events.report(lost)
+            report = sweep(copier, numbers, events)
+            report = replace(report, nodes=(*failed, *report.nodes))
+            tell_sweep(report, output)
+            return Interrupted.exit_code if running[1].is_set() else report.exit_code
+        except BackupError as error:
+            output.warn(f"zbackup: {error}")
+            return error.exit_code
 
 
 def worst_code(*codes: int) -> int:
@@ -11188,8 +11256,9 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_restore(args: argparse.Namespace) -> int:
     """Restore files."""
-    options = RestoreOptions(overwrite=args.overwrite, numeric=args.numeric_ids, jobs=args.jobs)
-    with contextlib.closing(open_command(args)) as store:
+    workers = Workers(args.jobs, opened_maker, "--jobs")  # before all else: they are forked
+    with contextlib.closing(workers), contextlib.closing(open_command(args)) as store:
+        options = RestoreOptions(overwrite=args.overwrite, numeric=args.numeric_ids, workers=workers)
         snapshot = find_snapshot(find_node(store, args.node), args.at, make_clock().now())
         reader = store.reader()
         try:
@@ -11695,6 +11764,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         ("--every", parse_span, EVERY, "time from the start of one sweep to the next"),
         ("--timeout", parse_span, HELLO_TIMEOUT, "how long an address may take to say that it is alive"),
         ("--jobs", parse_count, JOBS, "nodes copied at once"),
+        ("--latest-jobs", parse_count, count_processors(), "processes that write `latest` side by side"),
         ("--stale", parse_span, STALE, "how long a known node may be missing before the exit code is 3"),
     ]
     add_values(parser, values)

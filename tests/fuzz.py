@@ -1330,7 +1330,7 @@ def restore_version(folder: str, entries: Sequence[z.Entry], old: dict[bytes, z.
     """Restore entries over what stands in a folder; returns those that went well, by path."""
     reader = store().reader()
     options = z.RestoreOptions(overwrite=True, private=old is not None, numeric=old is None, token="token")
-    writer = z.FileWriter(reader, os.open(folder, os.O_RDONLY | os.O_DIRECTORY), options)
+    writer = z.FileWriter(reader, str(folder), options)
     good = {}
     try:
         with ours():

@@ -7,25 +7,40 @@ import json
 import os
 import random
 import shutil
+import signal
 import stat as stat_bits
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOLDER, World, rewrite
-from test_restore import MIB, NOON, damage, describe, list_packs, list_tree, make_snapshot
+from conftest import FOLDER, World, halted, rewrite, wait_until
+from test_restore import (
+    MIB,
+    NOON,
+    count_children,
+    damage,
+    describe,
+    describe_crowd,
+    is_running,
+    list_helpers,
+    list_packs,
+    list_tree,
+    look_at,
+    make_snapshot,
+)
 
 import zbackup
 
 Entries = list[tuple[zbackup.Stat, Any]]
 
 
-def update(store: Path, snapshot: zbackup.Snapshot) -> list[zbackup.Problem]:
+def update(store: Path, snapshot: zbackup.Snapshot, workers: zbackup.Workers | None = None) -> list[zbackup.Problem]:
     """Bring latest up to date, as the end of a pull does."""
     with contextlib.closing(zbackup.open_store(str(store))) as opened:
         reader = opened.reader()
         try:
-            return zbackup.Latest(opened.node(FOLDER), reader).update(snapshot)
+            return zbackup.Latest(opened.node(FOLDER), reader, workers).update(snapshot)
         finally:
             reader.close()
 
@@ -664,3 +679,137 @@ def test_latest_with_file_called_like_a_temporary_one(series: Series) -> None:
     leftover = zbackup.TEMPORARY + zbackup.hashlib.sha256(b"x").hexdigest()[:16]
     series.show((file(leftover), b"leftover"), (file("x"), b"right"))
     assert series.texts()["x"] == "right"
+
+
+# ---- several processes ----
+
+
+@pytest.fixture
+def workers() -> Iterator[zbackup.Workers]:
+    with contextlib.closing(zbackup.Workers(2, zbackup.opened_maker, "--latest-jobs")) as made:
+        yield made
+    assert count_children() == 0
+
+
+def list_makers(monkeypatch: pytest.MonkeyPatch, path: Path) -> Path:
+    """Have each process that makes files write its number to a file; returns this file."""
+    real = zbackup.FileMaker.do
+
+    def do(maker: zbackup.FileMaker, steps: Any) -> Any:
+        with path.open("a") as file:
+            file.write(f"{os.getpid()}\n" * bool(steps))
+        return real(maker, steps)
+
+    monkeypatch.setattr(zbackup.FileMaker, "do", do)
+    return path
+
+
+def test_latest_by_several_processes_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    makers = list_makers(monkeypatch, tmp_path / "makers")
+    first = describe_crowd()
+    changed = bytearray(first[-4][1])
+    changed[5 * MIB : 5 * MIB + 4096] = bytes(4096)
+    second = [(describe(f"a/f{i:03}", mtime=NOON + 1), b"%d" % (i * i)) for i in range(50, 350)]
+    second = [first[0], *second, (describe("large2", mtime=NOON + 2), bytes(changed))]
+    looks = []
+    with contextlib.closing(zbackup.Workers(2, zbackup.opened_maker, "--latest-jobs")) as workers:
+        for name, some in (("alone", None), ("together", workers)):
+            series = Series(tmp_path / name)
+            makers.unlink(missing_ok=True)
+            for entries in (first, second):
+                assert update(series.store, series.make(*entries), some) == []
+                looks.append({name: seen for name, seen in look_at(series.latest).items() if "content" in seen})
+            owners = set(makers.read_text().split())
+            assert len(owners) == (2 if some else 1) and (str(os.getpid()) in owners) == (not some)
+    assert looks[:2] == looks[2:] and (len(looks[0]), len(looks[1])) == (307, 301)
+    assert count_children() == 0
+
+
+def test_latest_while_another_node_has_the_processes(
+    series: Series, workers: zbackup.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert workers.begin("another place")
+    snapshot = series.make(*describe_crowd())
+    makers = list_makers(monkeypatch, tmp_path / "makers")
+    assert update(series.store, snapshot, workers) == []
+    assert len(look_at(series.latest)) == 310 and set(makers.read_text().split()) == {str(os.getpid())}
+    workers.end()
+    assert workers.begin("it")
+    workers.end()
+
+
+def test_latest_whose_process_is_killed_is_tried_again_without(series: Series, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = series.make(*describe_crowd())
+    real, own = zbackup.FileMaker.do, os.getpid()
+
+    def do(maker: zbackup.FileMaker, steps: Any) -> Any:
+        if os.getpid() != own:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(maker, steps)
+
+    monkeypatch.setattr(zbackup.FileMaker, "do", do)
+    with contextlib.closing(zbackup.Workers(2, zbackup.opened_maker, "--latest-jobs")) as workers:
+        (problem,) = update(series.store, snapshot, workers)
+        assert problem.message == (
+            "could not be brought up to date: one of the processes that write files was killed, perhaps for want of "
+            "memory; try it again with --latest-jobs 1"
+        )
+        assert update(series.store, snapshot, workers) == []
+    assert len(look_at(series.latest)) == 310 and count_children() == 0
+
+
+def test_latest_whose_process_was_killed_before(series: Series, workers: zbackup.Workers) -> None:
+    for pid in list_helpers(os.getpid()):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not is_running(pid))
+    assert update(series.store, series.make(*describe_crowd()), workers) == []
+    assert len(look_at(series.latest)) == 310
+
+
+def test_latest_that_fails_leaves_the_processes_to_the_next_node(
+    series: Series, workers: zbackup.Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(zbackup.errno.EIO, "Input/output error")
+
+    snapshot = series.make(*describe_crowd())
+    monkeypatch.setattr(zbackup, "sync_filesystem", fail)
+    (problem,) = update(series.store, snapshot, workers)
+    assert problem.message == "could not be brought up to date: Input/output error"
+    monkeypatch.undo()
+    assert workers.begin("another place")
+    workers.end()
+    assert update(series.store, snapshot, workers) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_sweep_that_is_ended_ends_those_who_write_latest(world: World, number: int) -> None:
+    for i in range(600):
+        (world.files / f"f{i:03}").write_text(str(i))
+    world.node()
+    flags = world.server_flags("--latest-jobs", "2")
+    with halted(world, "os.rename", 30, *flags) as process:
+        helpers = list_helpers(process.pid)
+        assert len(helpers) == 2
+        for pid in [process.pid] if number == signal.SIGKILL else [*helpers, process.pid]:  # as systemd does
+            os.kill(pid, number)
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate(timeout=60)
+        wait_until(lambda: not any(map(is_running, helpers)), what="the end of the helpers")
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130), said
+    assert "Traceback" not in said[1] and "killed" not in said[1]
+    world.sweep()
+    latest = world.store / FOLDER / "latest/files"
+    assert {path.name: path.read_text() for path in latest.iterdir()} == {f"f{i:03}": str(i) for i in range(600)}
+    assert not list(world.store.rglob(f"{zbackup.TEMPORARY}*"))
+
+
+@pytest.mark.parametrize(
+    "flags, count", [(["--latest-jobs", "3"], 3), (["--latest-jobs", "1"], 0), (["--no-latest"], 0)]
+)
+def test_sweep_begins_as_many_processes_as_it_is_told(world: World, flags: list[str], count: int) -> None:
+    world.node()
+    with halted(world, "sqlite3.connect", 1, *world.server_flags(*flags)) as process:
+        assert len(list_helpers(process.pid)) == count
+        process.send_signal(signal.SIGCONT)
+        process.communicate(timeout=60)

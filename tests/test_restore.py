@@ -1098,9 +1098,10 @@ def look_at(path: Path) -> dict[str, dict[str, Any]]:
 
 def restore_crowd(world: World, snapshot: zbackup.Snapshot, jobs: int = 2) -> zbackup.FileWriter:
     """Restore it in this process and some that it forks."""
+    workers = zbackup.Workers(jobs, zbackup.opened_maker, "--jobs")
     opened = contextlib.closing(zbackup.open_store(str(world.store)))
-    with opened as store, contextlib.closing(store.reader()) as reader:
-        options = zbackup.RestoreOptions(jobs=jobs)
+    with contextlib.closing(workers), opened as store, contextlib.closing(store.reader()) as reader:
+        options = zbackup.RestoreOptions(workers=workers)
         return zbackup.restore_snapshot(reader, snapshot, [], str(world.path / "restored"), options)
 
 
@@ -1136,10 +1137,15 @@ def test_restore_by_several_processes_has_them_do_the_work(world: World, monkeyp
     assert count_children() == 0
 
 
-def test_restore_of_few_files_forks_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = make_snapshot(world.store, describe_crowd()[:90])
-    monkeypatch.setattr(os, "fork", None)
-    assert restore_crowd(world, snapshot).published.files == 89
+@pytest.mark.parametrize("jobs, count", [(2, 90), (1, 310)])
+def test_restore_of_few_files_is_made_by_one_process(
+    world: World, monkeypatch: pytest.MonkeyPatch, jobs: int, count: int
+) -> None:
+    snapshot = make_snapshot(world.store, describe_crowd()[:count])
+    real, makers = zbackup.FileMaker.do, []
+    monkeypatch.setattr(zbackup.FileMaker, "do", lambda maker, steps: [makers.append(maker), real(maker, steps)][1])
+    assert restore_crowd(world, snapshot, jobs).problems == []
+    assert len(set(makers)) == 1
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
