@@ -9528,7 +9528,7 @@ class FileWriter:
             self._unlink(due.path, due.temporary)
             self._note(due.path, failure)
         else:
-            self.published.put(due)
+            self.published.put(Due(due.path, due.temporary, due.size, due.folder))  # without what it was made of
 
     def _end(self, ending: Ending) -> Failure | None:
         made = self._maker.end(ending)
