@@ -8698,12 +8698,14 @@ class Workers:
         return True
 
     def end(self) -> None:
-        """Have them leave the place, whose unfinished jobs are waited for."""
+        """Have them leave the place, whose unfinished jobs are waited for: nothing is made there afterwards."""
         with contextlib.suppress(RestoreError):
-            while self._busy:
+            while self._busy and not self._failed:
                 self._get()
-            for pipe in self._pipes:
+            for pipe in () if self._failed else self._pipes:
                 self._put(pipe, (None, None))
+        if self._failed:  # the others may wait for the rest of a message
+            self.close()
         self._taken.release()
 
     @property
@@ -8718,8 +8720,8 @@ class Workers:
         """Give a job, which is not None, to the next process in turn."""
         pipe = self._pipes[0]
         self._pipes.append(self._pipes.pop(0))
-        self._busy.append(pipe)
         self._put(pipe, (job, None))
+        self._busy.append(pipe)
 
     def receive(self) -> Any:
         """Return the result of the oldest job; RestoreError where its process failed."""
@@ -8747,19 +8749,21 @@ class Workers:
 
         try:
             yield
-        except (EOFError, ConnectionError, pickle.UnpicklingError):  # the last one where it was cut off
-            self._failed = True
+        except BaseException as error:
+            self._failed = True  # an interruption, too, cuts a message off
+            if not isinstance(error, (EOFError, ConnectionError, pickle.UnpicklingError)):
+                raise
             what = "one of the processes that write files was killed, perhaps for want of memory"
             raise RestoreError(f"{what}; try it again with {self._flag} 1") from None
 
     def close(self) -> None:
         """End them, when each is done with what it is at."""
-        for pipe in self._pipes:
+        while self._pipes:
             with contextlib.suppress(OSError):  # a job for one that was killed
-                pipe.close()
-        for process in self._processes:
+                self._pipes.pop().close()
+        while self._processes:
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(process, 0)
+                os.waitpid(self._processes.pop(), 0)
 
 
 # ---- how, and what of two snapshots differs ----

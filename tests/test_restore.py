@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -1203,6 +1204,27 @@ def test_restore_whose_helper_has_a_fault(world: World, monkeypatch: pytest.Monk
     with pytest.raises(zbackup.RestoreError, match="has failed: IndexError: list index out of range"):
         restore_crowd(world, snapshot)
     assert count_children() == 0
+
+
+def test_restore_interrupted_in_the_middle_of_a_job(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(world.store, describe_crowd())
+    real, own, jobs = pickle.dump, os.getpid(), []
+
+    def dump(message: Any, pipe: Any, protocol: int) -> None:
+        if os.getpid() == own:
+            jobs.append(message[0] is not None)
+        if sum(jobs) < 3:
+            return real(message, pipe, protocol)
+        data = pickle.dumps(message, protocol)
+        pipe.write(data[: len(data) // 2])
+        pipe.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pickle, "dump", dump)
+    with pytest.raises(KeyboardInterrupt):
+        restore_crowd(world, snapshot)
+    assert sum(jobs) == 3 and count_children() == 0
+    assert list((world.path / "restored").rglob(f"{zbackup.TEMPORARY}*")) == []
 
 
 def list_helpers(pid: int) -> list[int]:
