@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import World, uncovered
 
-LIMIT = 150 << 20  # bytes, of each role
+LIMIT = 150 << 20  # bytes, of each process
 GIB = 1 << 30
 
 
@@ -23,7 +23,7 @@ def measure_node(pid: int) -> int:
 
 
 def sweep_measured(world: World) -> int:
-    """Make a sweep; returns the most memory that the server took, in bytes."""
+    """Make a sweep; returns the most memory that one process of the server took, in bytes."""
     code = "import resource, subprocess, sys; print(subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode,"
     code += " resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     program = Path(__file__).resolve().parent.parent / "zbackup.py"
