@@ -1428,6 +1428,15 @@ def read_range(fd: int, length: int, offset: int, expected: int = -1) -> bytes:
     return data
 
 
+def identify(path: str | int) -> tuple[int, int] | None:
+    """Return what tells a file from all others of this machine; None where there is none at this path."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def sync_folder(path: str) -> None:
     """Make the names in a folder durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -2203,7 +2212,7 @@ class Peer:
         self._cost += cost
         try:
             frames = encode_message(kind, self._number, fields, body)
-            self.socket.send_multipart(frames, self.wire.zmq.NOBLOCK, copy=False)
+            self.socket.send_multipart(frames, self.wire.zmq.NOBLOCK)  # a copy: else pyzmq starts a thread
         except self.wire.zmq.Again:  # libzmq has given up the connection: a blocking send would wait for ever
             raise NodeError("the connection to the node was lost", "lost") from None
 
@@ -2690,7 +2699,7 @@ class Index:
     def _open(self) -> sqlite3.Connection:
         import sqlite3
 
-        if self.is_shared:
+        if self.path != ":memory:":
             with contextlib.suppress(OSError):  # SQLite would let others read it; its log has the mode that it has
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
                 os.chmod(self.path, 0o600)
@@ -2709,6 +2718,7 @@ class Index:
             connection.execute("COMMIT")
             connection.execute("SELECT digest, pack, record, place FROM chunks LIMIT 1").fetchone()
             self._names: dict[int, str] = dict(connection.execute("SELECT id, name FROM packs"))
+            self._file = identify(self.path)
         except BaseException:
             connection.close()
             raise
@@ -2836,8 +2846,11 @@ class Index:
 
     @property
     def is_shared(self) -> bool:
-        """Tell whether another process can open it: not one in memory, for want of room on the disk."""
-        return self.path != ":memory:"
+        """Tell whether another process that opens it has the same one.
+
+        Not one in memory, for want of room on the disk, nor one that others have made anew meanwhile.
+        """
+        return self._file is not None and identify(self.path) == self._file
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -8600,7 +8613,7 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
 
 PUBLISH_FILES = 4096  # files written under temporary names before they are synced together
 PUBLISH_BYTES = 64 << 20
-MOST_WRITERS = 4  # processes that one restore begins by itself; it takes no more than there are processors
+MOST_WRITERS = 4  # processes that write files, unless a flag says more; no more than there are processors
 PART_CHUNKS = 16  # of a file, written by one process; a larger one is shared out
 BATCH_FILES = 128  # made by one process at once, the places of their chunks looked up together
 BATCH_BYTES = 4 << 20
@@ -8608,6 +8621,7 @@ BATCH_BYTES = 4 << 20
 
 # ---- processes that work beside this one ----
 
+PR_SET_PDEATHSIG = 1  # prctl of Linux, <linux/prctl.h>: the signal to get when the parent ends
 Opened = Callable[[Any], "contextlib.AbstractContextManager[Callable[[Any], Any]]"]
 
 
@@ -8618,6 +8632,15 @@ class Failure:
     message: str
     damaged: bool = False  # the store is at fault
     number: int = 0  # errno
+
+
+def end_with_parent() -> None:
+    """Have this process end at once when the one that began it does, where the system can: Linux."""
+    import ctypes
+
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl:
+        prctl(PR_SET_PDEATHSIG, 9)
 
 
 def _serve_jobs(pipe: io.BufferedRWPair, opened: Opened) -> None:
@@ -8632,6 +8655,7 @@ def _serve_jobs(pipe: io.BufferedRWPair, opened: Opened) -> None:
             if job is None:
                 stack.close()
                 place, do = there, None
+                end_with_parent()
                 continue
             try:
                 do = do or stack.enter_context(opened(place))
@@ -8651,14 +8675,19 @@ class Workers:
 
     def __init__(self, count: int, opened: Opened, flag: str) -> None:
         self._flag = flag  # that says how many
-        self._pipes: list[io.BufferedRWPair] = []
+        self._pipes: deque[io.BufferedRWPair] = deque()  # the next one in turn first
         self._processes: list[int] = []
         self._busy: deque[io.BufferedRWPair] = deque()  # whose results are to come, the oldest first
         self._taken = threading.Lock()  # from begin to end
         self._failed = False
-        with contextlib.suppress(OSError):
-            while len(self._pipes) < count > 1:  # one alone would only be waited for
-                self._start(opened)
+        if count > 1:  # one alone would only be waited for
+            load_zstd()  # here: it is unpacked once, by what is there now
+            with contextlib.suppress(OSError):
+                while len(self._pipes) < count:
+                    self._start(opened)
+
+    def __bool__(self) -> bool:
+        return bool(self._pipes)
 
     def _start(self, opened: Opened) -> None:
         import socket
@@ -8687,15 +8716,15 @@ class Workers:
 
     def begin(self, place: object) -> bool:
         """Have them work at a place until `end`; False where they are at another one, or cannot."""
-        if not self._pipes or self._failed or not self._taken.acquire(blocking=False):
+        if not self._taken.acquire(blocking=False):
             return False
-        try:
-            for pipe in self._pipes:
-                self._put(pipe, (None, place))
-        except RestoreError:
-            self._taken.release()
-            return False
-        return True
+        with contextlib.suppress(RestoreError):
+            if not self._failed:
+                for pipe in self._pipes:
+                    self._put(pipe, (None, place))
+                return bool(self._pipes)
+        self._taken.release()
+        return False
 
     def end(self) -> None:
         """Have them leave the place, whose unfinished jobs are waited for: nothing is made there afterwards."""
@@ -8719,9 +8748,10 @@ class Workers:
     def send(self, job: object) -> None:
         """Give a job, which is not None, to the next process in turn."""
         pipe = self._pipes[0]
-        self._pipes.append(self._pipes.pop(0))
-        self._put(pipe, (job, None))
-        self._busy.append(pipe)
+        self._pipes.rotate(-1)
+        with self._noticing():  # an interruption after the job was sent, too
+            self._busy.append(pipe)
+            self._put(pipe, (job, None))
 
     def receive(self) -> Any:
         """Return the result of the oldest job; RestoreError where its process failed."""
@@ -8778,6 +8808,11 @@ class RestoreOptions:
     token: str = ""  # makes temporary names that no file has; the same one finds them again
     numeric: bool = False  # owners by number, not by name
     workers: Workers | None = None  # that make files, where there are enough of them
+
+
+def open_root(path: str, options: RestoreOptions) -> int:
+    """Open the folder below which files are put; `latest` as a symlink is nobody's wish."""
+    return os.open(path, FOLDER_FLAGS if options.private else FOLDER_FLAGS & ~os.O_NOFOLLOW)
 
 
 def compare_entries(old: Iterator[Entry], new: Iterator[Entry]) -> Iterator[tuple[Entry | None, Entry | None]]:
@@ -9204,8 +9239,8 @@ class Workplace:
 
     packs: str
     index: str
-    lost: frozenset[bytes]
     root: str  # the folder below which they are made
+    identity: tuple[int, int] | None  # of this folder
     options: RestoreOptions
 
 
@@ -9213,9 +9248,11 @@ class Workplace:
 def opened_maker(place: Workplace) -> Iterator[Callable[[Sequence[Making | Filling]], Made]]:
     """Open what is needed to take steps at a place."""
     with contextlib.ExitStack() as stack:
-        folders = stack.enter_context(contextlib.closing(Folders(os.open(place.root, FOLDER_FLAGS))))
+        folders = stack.enter_context(contextlib.closing(Folders(open_root(place.root, place.options))))
+        if identify(folders.root) != place.identity:
+            raise RestoreError(f"{show(place.root)} is another folder now")
         index = stack.enter_context(contextlib.closing(Index(place.index)))
-        reader = stack.enter_context(contextlib.closing(Reader(place.packs, index, place.lost, MOST_SOURCES)))
+        reader = stack.enter_context(contextlib.closing(Reader(place.packs, index, frames=MOST_SOURCES)))
         yield FileMaker(reader, folders, place.options).do
 
 
@@ -9232,7 +9269,7 @@ class StepQueue:
         self._waiting: list[Due] = []
         self._size = 0  # bytes of these
         self._sent: deque[Sequence[Due]] = deque()
-        self._to_ask = attributes.options.workers if maker.reader.index.is_shared else None
+        self._to_ask = attributes.options.workers
         self._workers: Workers | None = None
 
     def put(self, due: Due) -> None:
@@ -9246,7 +9283,9 @@ class StepQueue:
 
     def _ask(self, workers: Workers) -> None:
         reader, options = self._maker.reader, replace(self._attributes.options, workers=None)
-        if workers.begin(Workplace(reader.packs, reader.index.path, reader.lost, self._place, options)):
+        identity = identify(self._maker.folders.root)
+        place = Workplace(reader.packs, reader.index.path, self._place, identity, options)
+        if reader.index.is_shared and workers.begin(place):
             self._workers = workers
         self._to_ask = None
 
@@ -9359,7 +9398,7 @@ class FileWriter:
     def __init__(self, reader: Reader, root: str, options: RestoreOptions) -> None:
         self.reader = reader
         self.options = options
-        self.folders = Folders(os.open(root, FOLDER_FLAGS))
+        self.folders = Folders(open_root(root, options))
         self.problems: list[Problem] = []
         self.damaged = False  # whether the store is at fault
         self.skipped = 0  # sockets, which their programs make
@@ -9568,7 +9607,7 @@ def restore_snapshot(
     os.makedirs(to, exist_ok=True)
     if not options.token:  # the same for the same restore: it finds what a killed one left
         options = replace(options, token=f"{snapshot.identity}/{snapshot.folder}/{snapshot.name}")
-    writer = FileWriter(reader, os.path.realpath(to), options)
+    writer = FileWriter(reader, to, options)
     missing = set(paths)
 
     def on_damage(error: BackupError) -> None:
@@ -11738,7 +11777,7 @@ def add_check_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def count_processors() -> int:
-    """Return how many processors a restore may use; one where processes cannot be forked."""
+    """Return how many processes may write files; one where they cannot be forked."""
     if not hasattr(os, "sched_getaffinity"):  # as on macOS, where forking is not safe
         return 1
     return min(len(os.sched_getaffinity(0)), MOST_WRITERS)

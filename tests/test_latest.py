@@ -738,6 +738,19 @@ def test_latest_while_another_node_has_the_processes(
     workers.end()
 
 
+def test_latest_while_the_index_is_made_anew(
+    series: Series, workers: zbackup.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = series.make(*describe_crowd())
+    makers = list_makers(monkeypatch, tmp_path / "makers")
+    with contextlib.closing(zbackup.open_store(str(series.store))) as store:
+        with contextlib.closing(zbackup.Index(store.index.path)) as other:  # of a `verify` beside it
+            other.reset()
+        with contextlib.closing(store.reader()) as reader:
+            assert zbackup.Latest(store.node(FOLDER), reader, workers).update(snapshot) == []
+    assert len(look_at(series.latest)) == 310 and set(makers.read_text().split()) == {str(os.getpid())}
+
+
 def test_latest_whose_process_is_killed_is_tried_again_without(series: Series, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = series.make(*describe_crowd())
     real, own = zbackup.FileMaker.do, os.getpid()

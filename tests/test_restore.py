@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, halted, make_database, rewrite, wait_until
+from conftest import FOLDER, PROGRAM, World, halted, make_database, rewrite, uncovered, wait_until
 
 import zbackup
 
@@ -1225,6 +1225,66 @@ def test_restore_interrupted_in_the_middle_of_a_job(world: World, monkeypatch: p
         restore_crowd(world, snapshot)
     assert sum(jobs) == 3 and count_children() == 0
     assert list((world.path / "restored").rglob(f"{zbackup.TEMPORARY}*")) == []
+
+
+def test_restore_interrupted_when_a_job_is_given(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = make_snapshot(world.store, describe_crowd())
+    real, jobs = zbackup.Workers._put, []
+
+    def put(workers: zbackup.Workers, pipe: Any, message: Any) -> None:
+        real(workers, pipe, message)
+        jobs.append(message[0] is not None)
+        if sum(jobs) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(zbackup.Workers, "_put", put)
+    with pytest.raises(KeyboardInterrupt):
+        restore_crowd(world, snapshot)
+    time.sleep(0.2)
+    assert sum(jobs) == 2 and count_children() == 0
+    assert list((world.path / "restored").rglob(f"{zbackup.TEMPORARY}*")) == []
+
+
+def test_restore_by_several_processes_to_a_relative_symlink(world: World) -> None:
+    make_snapshot(world.store, describe_crowd())
+    (world.path / "elsewhere").mkdir()
+    (world.path / "link").symlink_to("elsewhere")
+    world.run("restore", FOLDER, "--to", "link", "--jobs", "2")
+    assert len(look_at(world.path / "elsewhere")) == 310
+
+
+def test_workers_refuse_a_folder_that_was_replaced(tmp_path: Path) -> None:
+    options = zbackup.RestoreOptions()
+    place = zbackup.Workplace(str(tmp_path), str(tmp_path / "index"), str(tmp_path), (1, 1), options)
+    with pytest.raises(zbackup.RestoreError, match="is another folder now"), zbackup.opened_maker(place):
+        pass
+
+
+def test_workers_that_are_ended_are_lent_to_nobody() -> None:
+    workers = zbackup.Workers(2, zbackup.opened_maker, "--jobs")
+    assert workers
+    workers.close()
+    assert not workers and not workers.begin("a place") and not workers.begin("a place")
+
+
+def test_restore_killed_ends_its_processes_in_the_middle_of_a_job(world: World) -> None:
+    make_snapshot(world.store, describe_crowd())
+    code = (
+        "import sys, time, zbackup\n"
+        "def do(maker, steps):\n"
+        "    print('at work', flush=True)\n"
+        "    time.sleep(60)\n"
+        "zbackup.FileMaker.do = do\n"
+        "sys.exit(zbackup.main(sys.argv[1:]))\n"
+    )
+    arguments = ["restore", FOLDER, "--to", "restored", "--jobs", "2"]
+    env = uncovered({**world.env, "PYTHONPATH": str(Path(zbackup.__file__).parent)})
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=world.path, env=env, stdout=-1) as process:
+        assert process.stdout and process.stdout.readline() == b"at work\n"
+        helpers = list_helpers(process.pid)
+        process.kill()
+        wait_until(lambda: not any(map(is_running, helpers)), timeout=10, what="the end of the helpers")
+    assert len(helpers) == 2
 
 
 def list_helpers(pid: int) -> list[int]:
