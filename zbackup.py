@@ -8719,10 +8719,10 @@ class Workers:
         if not self._taken.acquire(blocking=False):
             return False
         with contextlib.suppress(RestoreError):
-            if not self._failed:
-                for pipe in self._pipes:
-                    self._put(pipe, (None, place))
-                return bool(self._pipes)
+            for pipe in () if self._failed else self._pipes:
+                self._put(pipe, (None, place))
+            if self._pipes and not self._failed:
+                return True
         self._taken.release()
         return False
 
