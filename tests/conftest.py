@@ -130,9 +130,12 @@ class World:
         return self.node("--server-key", self.key(), *arguments, address=address)
 
     def server_flags(self, *arguments: str) -> list[str]:
-        """Return the flags of one sweep over 127.0.0.9 unless the arguments name addresses."""
+        """Return the flags of one sweep over 127.0.0.9 unless the arguments name addresses.
+
+        By one process, unless they say otherwise: others cost the measuring of coverage much, and crash.py sees one.
+        """
         where = [] if {"--range", "--host", "--network"} & set(arguments) else ["--range", "9"]
-        return ["server", "--once", "--port", str(self.port), *where, *arguments]
+        return ["server", "--once", "--port", str(self.port), "--latest-jobs", "1", *where, *arguments]
 
     def sweep(self, *arguments: str, code: int | None = 0) -> dict[str, Any]:
         """Make one sweep; returns its JSON report."""
@@ -163,7 +166,7 @@ class World:
     def restore(self, *arguments: str, to: str = "restored", code: int | None = 0) -> Path:
         """Restore node 127.0.0.9 or what the arguments name; returns the folder."""
         names = list(arguments) if arguments and not arguments[0].startswith("-") else [FOLDER, *arguments]
-        self.run("restore", *names, "--to", to, code=code)
+        self.run("restore", "--jobs", "1", *names, "--to", to, code=code)
         return self.path / to
 
     def close(self) -> None:

@@ -804,6 +804,8 @@ class Together:
         """Copy one node."""
         flags = (
             "--json",
+            "--latest-jobs",
+            "2",
             "--range",
             number,
             "--pack-size",
