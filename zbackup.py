@@ -154,6 +154,7 @@ READ_LIMIT = 256  # files in one READ: their items fit the head
 QUESTION_LIMIT = 1 << 20  # bytes of the head of a question: what a server asks at once is below it
 WAITING_LIMIT = 8 << 20  # bytes of questions that wait in one session; decoded, they may take 25 times as much
 RAW_LIMIT = 64 << 20  # bytes of decompressed frames that a reader keeps
+ROWS_LIMIT = 16_384  # rows of the tables of records that it keeps: a frame of small files has a thousand, of 0.2 KiB
 QUEUE_LIMIT = 64  # requests waiting in one session: four times the default window
 RECORD_LIMIT = 64 << 20  # bytes of one record of a pack, before memory is taken for it
 UNREAD_LIMIT = 16  # messages that a server lets libzmq take in before it looks at them; the rest waits in the kernel
@@ -3236,6 +3237,8 @@ class Reader:
             record = load_record(self._file(place.pack), place.record)
             if place.pack:
                 _remember(self._records, key, record, 128)
+                while len(self._records) > 1 and sum(len(kept.rows) for kept in self._records.values()) > ROWS_LIMIT:
+                    self._records.popitem(last=False)
             return record
         self._records.move_to_end(key)
         return self._records[key]

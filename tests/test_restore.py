@@ -1270,9 +1270,9 @@ def test_workers_that_are_ended_are_lent_to_nobody() -> None:
 def test_restore_killed_ends_its_processes_in_the_middle_of_a_job(world: World) -> None:
     make_snapshot(world.store, describe_crowd())
     code = (
-        "import sys, time, zbackup\n"
+        "import os, sys, time, zbackup\n"
         "def do(maker, steps):\n"
-        "    print('at work', flush=True)\n"
+        "    os.write(1, b'at work\\n')\n"
         "    time.sleep(60)\n"
         "zbackup.FileMaker.do = do\n"
         "sys.exit(zbackup.main(sys.argv[1:]))\n"

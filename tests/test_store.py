@@ -1388,3 +1388,12 @@ def test_damage_of_random_bytes_in_a_footer_is_seen(path: str) -> None:
         pack.write_bytes(changed)
         with pytest.raises(z.FormatError):
             z.read_pack_index(str(pack))
+
+
+def test_reader_keeps_the_tables_of_a_bounded_number_of_rows(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(z, "ROWS_LIMIT", 3)
+    chunks = [bytes([number]) * z.CHUNK for number in range(1, 9)]
+    digests = fill(path, chunks)
+    with contextlib.closing(z.open_store(path)) as store, contextlib.closing(store.reader()) as reader:
+        assert [reader.get(digest) for digest in digests] == chunks
+        assert 0 < sum(len(record.rows) for record in reader._records.values()) <= 3
