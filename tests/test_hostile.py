@@ -202,7 +202,8 @@ BEGINNINGS = {
 
 @pytest.mark.parametrize("role", ROLES)
 def test_node_under_half_open_connections(world: World, role: str) -> None:
-    node = make_nodes(world, "--handshake-timeout", "4s")[role]
+    # Long enough that on a busy machine the first connections are not gone before the last one is made.
+    node = make_nodes(world, "--handshake-timeout", "10s")[role]
     before, memory = count_descriptors(node), read_memory(node.pid)
     with contextlib.ExitStack() as held:
         for number in range(count_possible(2500)):
@@ -210,7 +211,7 @@ def test_node_under_half_open_connections(world: World, role: str) -> None:
             raw.sendall(BEGINNINGS[role][number % 4])
             if number % 25 == 24:  # no faster than they are taken: this is no flood of SYN packets
                 wait_until(lambda number=number: count_descriptors(node) > number - 20, what="the connections")
-        assert count_descriptors(node) > count_possible(2500) - 250  # on a busy machine the first ones are gone
+        assert count_descriptors(node) > count_possible(2500)
         report = world.sweep("--range", "9-10")
         assert find_row(report, ROLES[role])["snapshot"]["grade"] == "stable"
         wait_until(lambda: count_descriptors(node) <= before + 5, 60, "the end of those that prove nothing")

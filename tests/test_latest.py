@@ -24,6 +24,7 @@ from test_restore import (
     describe_crowd,
     is_running,
     list_helpers,
+    list_makers,
     list_packs,
     list_tree,
     look_at,
@@ -689,19 +690,6 @@ def workers() -> Iterator[zbackup.Workers]:
     with contextlib.closing(zbackup.Workers(2, zbackup.opened_maker, "--latest-jobs")) as made:
         yield made
     assert count_children() == 0
-
-
-def list_makers(monkeypatch: pytest.MonkeyPatch, path: Path) -> Path:
-    """Have each process that makes files write its number to a file; returns this file."""
-    real = zbackup.FileMaker.do
-
-    def do(maker: zbackup.FileMaker, steps: Any) -> Any:
-        with path.open("a") as file:
-            file.write(f"{os.getpid()}\n" * bool(steps))
-        return real(maker, steps)
-
-    monkeypatch.setattr(zbackup.FileMaker, "do", do)
-    return path
 
 
 def test_latest_by_several_processes_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

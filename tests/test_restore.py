@@ -1106,6 +1106,19 @@ def restore_crowd(world: World, snapshot: zbackup.Snapshot, jobs: int = 2) -> zb
         return zbackup.restore_snapshot(reader, snapshot, [], str(world.path / "restored"), options)
 
 
+def list_makers(monkeypatch: pytest.MonkeyPatch, path: Path) -> Path:
+    """Have each process that makes files write its number to a file; returns this file."""
+    real = zbackup.FileMaker.do
+
+    def do(maker: zbackup.FileMaker, steps: Any) -> Any:
+        with path.open("a") as file:
+            file.write(f"{os.getpid()}\n" * bool(steps))
+        return real(maker, steps)
+
+    monkeypatch.setattr(zbackup.FileMaker, "do", do)
+    return path
+
+
 def count_children() -> int:
     return len(Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split())
 
@@ -1122,15 +1135,7 @@ def test_restore_by_several_processes_is_the_same(world: World, jobs: int) -> No
 
 def test_restore_by_several_processes_has_them_do_the_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = make_snapshot(world.store, describe_crowd())
-    owners = world.path / "owners"
-    real = zbackup.FileMaker.do
-
-    def do(maker: zbackup.FileMaker, steps: Any) -> Any:
-        with owners.open("a") as file:
-            file.write(f"{os.getpid()}\n" * bool(steps))
-        return real(maker, steps)
-
-    monkeypatch.setattr(zbackup.FileMaker, "do", do)
+    owners = list_makers(monkeypatch, world.path / "owners")
     done = restore_crowd(world, snapshot)
     assert (done.problems, done.published.files) == ([], 308)
     found = owners.read_text().split()
