@@ -8637,18 +8637,18 @@ class Failure:
     number: int = 0  # errno
 
 
-def end_with_parent() -> None:
-    """Have this process end at once when the one that began it does, where the system can: Linux."""
+def set_process(option: int, value: int) -> bool:
+    """Set something of this process or thread, as prctl of Linux does; False where the system cannot."""
     import ctypes
 
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl:
-        prctl(PR_SET_PDEATHSIG, 9)
+    return prctl is not None and prctl(option, value, 0, 0, 0) == 0
 
 
 def _serve_jobs(pipe: io.BufferedRWPair, opened: Opened) -> None:
     """Do the jobs that come through a pipe, each at the place that was named last; EOFError at its end."""
     import pickle
+    import signal
 
     place: Any = None
     with contextlib.ExitStack() as stack:
@@ -8658,7 +8658,7 @@ def _serve_jobs(pipe: io.BufferedRWPair, opened: Opened) -> None:
             if job is None:
                 stack.close()
                 place, do = there, None
-                end_with_parent()
+                set_process(PR_SET_PDEATHSIG, signal.SIGKILL)  # not a whole job after it
                 continue
             try:
                 do = do or stack.enter_context(opened(place))
@@ -10694,15 +10694,12 @@ def become_user(name: str, capabilities: Iterable[int] = ()) -> bool:
 
     To be called before there is any thread: capabilities are each thread's own.
     """
-    import ctypes
-
     uid, gid, home = find_user(name)
     os.environ.update(HOME=home, USER=name, LOGNAME=name)
     if os.geteuid() != 0 or uid == 0:
         return True
     wanted = list(capabilities)
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    kept = prctl is not None and prctl(PR_SET_KEEPCAPS, int(bool(wanted)), 0, 0, 0) == 0
+    kept = set_process(PR_SET_KEEPCAPS, int(bool(wanted)))
     os.initgroups(name, gid)
     os.setgid(gid)
     os.setuid(uid)
