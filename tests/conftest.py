@@ -45,15 +45,23 @@ def wait_until(condition: Any, timeout: float = 20.0, what: str = "the condition
         time.sleep(0.02)
 
 
+def path_before(*folders: Path) -> str:
+    """Return a PYTHONPATH with folders before that of zbackup.py."""
+    return os.pathsep.join(map(str, (*folders, PROGRAM.parent)))
+
+
+def command(program: Path = PROGRAM) -> list[str]:
+    """Return what starts a program; zbackup.py as a module, which Python compiles once and not at each start."""
+    return [sys.executable, *(["-m", "zbackup"] if program == PROGRAM else [str(program)])]
+
+
 class Process:
     """A zbackup process in the background."""
 
     def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str], program: Path = PROGRAM) -> None:
         self.log = cwd / f"process-{time.monotonic_ns()}.log"
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(program), *arguments], cwd=cwd, env=env, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen([*command(program), *arguments], cwd=cwd, env=env, stdout=log, stderr=log)
 
     @property
     def pid(self) -> int:
@@ -84,12 +92,13 @@ class World:
         self.files = path / "files"
         self.files.mkdir()
         self.env = {**os.environ, "XDG_STATE_HOME": str(path / "state"), "PYTHONUNBUFFERED": "1", "TZ": "UTC"}
+        self.env["PYTHONPATH"] = path_before()
         self.nodes: list[Process] = []
 
     def run(self, *arguments: str, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run one command to its end; checks its exit code and that it shows no traceback."""
         done = subprocess.run(
-            [sys.executable, str(PROGRAM), *arguments],
+            [*command(), *arguments],
             cwd=self.path,
             env=self.env,
             capture_output=True,

@@ -4,6 +4,7 @@ set -eu
 cd "$(dirname "$0")/.."
 venv=${ZBACKUP_VENV:-.venv}
 python=${PYTHON:-python3}
+unset PYTHONDONTWRITEBYTECODE # the tests start zbackup.py thousands of times: it is compiled once
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 if ! cmp -s tests/requirements.txt "$venv/requirements.done"; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import AT_ONCE, FOLDER, PROGRAM, Process, World, uncovered, wait_until
+from conftest import AT_ONCE, FOLDER, PROGRAM, Process, World, path_before, uncovered, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from test_restore import NOON, describe, make_snapshot
@@ -818,7 +818,7 @@ def without_zmq(world: World) -> World:
     fake = world.path / "fake/zmq"
     fake.mkdir(parents=True)
     (fake / "__init__.py").write_text("raise ImportError('no module, said the test')")
-    world.env["PYTHONPATH"] = str(fake.parent)
+    world.env["PYTHONPATH"] = path_before(fake.parent)
     return world
 
 

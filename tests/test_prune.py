@@ -1542,7 +1542,7 @@ def test_prune_interrupted_while_it_waits_for_the_lock(world: World) -> None:
     with held(world.store / "lock", "shared"):
         prune = Process(["prune", "--lock-wait", "1h"], world.path, uncovered(world.env))
         world.nodes.append(prune)
-        wait_until(lambda: "zbackup.py" in Path(f"/proc/{prune.pid}/cmdline").read_text(), what="a start")
+        wait_until(lambda: "prune" in Path(f"/proc/{prune.pid}/cmdline").read_text(), what="a start")
         wait_until(lambda: is_polling(prune, world.store / "lock"), what="waiting")
         assert prune.stop(signal.SIGINT) == 130
     assert prune.output == "zbackup: interrupted\n"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROGRAM, Process, World, wait_until
+from conftest import PROGRAM, Process, World, path_before, wait_until
 
 import zbackup
 
@@ -1010,7 +1010,7 @@ def hide_zstd(world: World) -> dict[str, str]:
         (hidden / package).mkdir(parents=True, exist_ok=True)
         (hidden / package / "__init__.py").write_text("")
         (hidden / package / "zstd.py").write_text("raise ImportError('hidden')\n")
-    return {**world.env, "PYTHONPATH": str(hidden)}
+    return {**world.env, "PYTHONPATH": path_before(hidden)}
 
 
 def find_codecs(world: World) -> set[int]:

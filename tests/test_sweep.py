@@ -24,7 +24,7 @@ from typing import Any, Callable
 
 import pytest
 import zmq
-from conftest import AT_ONCE, PROGRAM, Process, World, wait_until
+from conftest import AT_ONCE, PROGRAM, Process, World, path_before, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_wire import make_program
@@ -1366,7 +1366,7 @@ def hide_zstd(world: World) -> dict[str, str]:
         (world.path / "hidden" / package).mkdir(parents=True)
         (world.path / "hidden" / package / "__init__.py").touch()
         (world.path / "hidden" / package / "zstd.py").write_text("raise ImportError('hidden')")
-    return {**world.env, "PYTHONPATH": str(world.path / "hidden")}
+    return {**world.env, "PYTHONPATH": path_before(world.path / "hidden")}
 
 
 def test_hostile_node_sends_a_codec_that_the_server_has_not(world: World) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import zmq
-from conftest import FOLDER, Process, World, rewrite, wait_until
+from conftest import FOLDER, Process, World, path_before, rewrite, wait_until
 from test_sweep import FakeNode, SilentAddresses, clone_state, find_row
 
 import zbackup as z
@@ -121,7 +121,7 @@ class Relay(threading.Thread):
 
 @pytest.mark.parametrize("keyed", [True, False])
 def test_wire_shows_nothing_to_who_listens(small: World, keyed: bool) -> None:
-    small.env["PYTHONPATH"] = str(small.path / "hidden")  # no zstd, whose frames hide the text
+    small.env["PYTHONPATH"] = path_before(small.path / "hidden")  # no zstd, whose frames hide the text
     (small.files / "noise").write_bytes(os.urandom(40000))
     node = small.keyed("--name", "lieselotte") if keyed else small.node("--name", "lieselotte")
     with Relay(small) as relay:
