@@ -104,7 +104,7 @@ import sys
 import threading
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
@@ -1479,6 +1479,35 @@ def lock_file(path: str, shared: bool) -> int:
     return fd
 
 
+def remove_tree(path: str) -> None:
+    """Remove a folder and all in it, however deep: each folder below is moved up first, so no path gets too long."""
+    token = os.urandom(8).hex()
+    folders = [path]
+    for folder in folders:
+        for item in list(os.scandir(folder)):
+            if item.is_dir(follow_symlinks=False):
+                folders.append(os.path.join(path, f"{token}-{len(folders)}"))
+                os.rename(item.path, folders[-1])
+            else:
+                os.unlink(item.path)
+    for folder in reversed(folders):
+        os.rmdir(folder)
+
+
+def lock_folder(fd: int) -> None:
+    """Hold a lock on an open folder until it is closed; BlockingIOError when another process holds it.
+
+    Where the filesystem has no locks for folders, as NFS, there is none.
+    """
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+
+
 def create_locked(prefix: str) -> tuple[int, str]:
     """Return the descriptor and the path of a new file whose name starts with `prefix`.
 
@@ -1648,7 +1677,10 @@ class Syncing:
         self._fd = fd
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="sync")
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # there may be no more threads
+            self._run()
 
     def _run(self) -> None:
         try:
@@ -1658,7 +1690,8 @@ class Syncing:
 
     def join(self) -> None:
         """Return when it has ended, well or not."""
-        self._thread.join()
+        if self._thread.ident:
+            self._thread.join()
 
     def wait(self) -> None:
         """Return when all that was written before is durable; raises what kept it from that."""
@@ -8620,6 +8653,7 @@ MOST_WRITERS = 4  # processes that write files, unless a flag says more; no more
 PART_CHUNKS = 16  # of a file, written by one process; a larger one is shared out
 BATCH_FILES = 128  # made by one process at once, the places of their chunks looked up together
 BATCH_BYTES = 4 << 20
+ACLS = ("system.posix_acl_access", "system.posix_acl_default")  # acl(5): what a new file may have of its folder
 
 
 # ---- processes that work beside this one ----
@@ -9001,6 +9035,23 @@ def find_owner(stat: Stat, numeric: bool) -> tuple[int, int]:
     return _find_number("user", stat.user, stat.uid), _find_number("group", stat.group, stat.gid)
 
 
+def _find_log(folder: int, name: bytes) -> bytes:
+    """Return the name of a log that SQLite would play into the database `name` when it opens it; b"" where none is."""
+    for end in (b"-wal", b"-journal"):
+        try:
+            fd = os.open(name + end, FILE_FLAGS, dir_fd=folder)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return name + end  # what cannot be read is not known to be harmless
+        try:
+            if any(os.read(fd, 8)):  # empty, or its head overwritten with zeros: all that it held is in the database
+                return name + end
+        finally:
+            os.close(fd)
+    return b""
+
+
 class Attributes:
     """Sets what a path has beside its content; counts what could not be set."""
 
@@ -9030,9 +9081,9 @@ class Attributes:
         """Set those of a symlink, fifo or device, which are not opened."""
         if not self.options.private:
             owned = self._set_owner(stat, lambda u, g: os.chown(name, u, g, dir_fd=folder, follow_symlinks=False))
+            self._set_xattrs(name_in(folder, name), stat.xattrs, follow=stat.kind != "symlink")
             if stat.kind != "symlink":
                 os.chmod(name, _safe_mode(stat.mode, owned), dir_fd=folder)
-            self._set_xattrs(name_in(folder, name), stat.xattrs, follow=stat.kind != "symlink")
         os.utime(name, ns=(stat.mtime, stat.mtime), dir_fd=folder, follow_symlinks=False)
 
     def _set_owner(self, stat: Stat, set_owner: Callable[[int, int], None]) -> bool:
@@ -9047,6 +9098,10 @@ class Attributes:
         return True
 
     def _set_xattrs(self, target: int | str, xattrs: Mapping[str, str], follow: bool = True) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # no extended attributes here
+            for name in os.listxattr(target, follow_symlinks=follow):
+                if name in ACLS and name not in xattrs:  # come from the folder that it is put into
+                    os.removexattr(target, name, follow_symlinks=follow)
         for name, value in xattrs.items():
             try:
                 os.setxattr(target, name, base64.b64decode(value), follow_symlinks=follow)
@@ -9332,6 +9387,7 @@ class Publisher:
         self.files = 0
         self.bytes = 0  # of these
         self.temporary: dict[bytes, bytes] = {}  # by path, of files with several names that are not there yet
+        self.unpublished: set[bytes] = set()  # paths at which another file stands, if any
         self._attributes = attributes
         self._fail = fail
         self._due: list[Due] = []
@@ -9376,6 +9432,7 @@ class Publisher:
             publish(temporary, name, self._attributes.options.overwrite, folder)
         except BaseException:
             self.files -= 1
+            self.unpublished.add(path)
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=folder)
             raise
@@ -9453,16 +9510,26 @@ class FileWriter:
         stat, content = entry.stat, entry.content
         if stat.kind == "directory":
             self._put_folder(stat)
+            if stat.error and not self.options.private:
+                self.fail(stat.path, f"what is in it is not in this snapshot: {stat.error}")
         elif content.error or stat.error:
             self.fail(stat.path, f"is not in this snapshot: {content.error or stat.error}")
         elif stat.kind == "socket" or (self.options.private and stat.kind not in ("file", "symlink")):
             self.skipped += 1  # made by its program at each start; `latest` is for files
+        elif stat.database and (log := self._find_log(stat.path)):
+            what = f"SQLite would mix {show(log)} into it, the log of another version"
+            self.fail(stat.path, f"{what}: stop what uses it, move that log away, then restore again")
         elif stat.kind != "file" or (stat.link_key and not self.options.private):
             yield self._make(entry, self._take_place(stat.path))
         elif content.size > PART_CHUNKS * CHUNK and old is None and self.options.workers:
             yield from self._list_parts(entry, self._take_place(stat.path))
         else:
             yield self._leave(entry, stat.path, content.size, old)
+
+    def _find_log(self, path: bytes) -> bytes:
+        """Return the name of a log that waits for a database at a path; b"" where none is."""
+        folder, name = self.folders.parent(path, create=True)
+        return b"" if self._is_new(path, name) else _find_log(folder, name)
 
     def _leave(self, entry: Entry, path: bytes, size: int, old: Entry | None) -> Due:
         """Leave a file to the queue."""
@@ -9530,18 +9597,19 @@ class FileWriter:
     def _link(self, entry: Entry, known: bytes, temporary: bytes) -> bool:
         """Make another name of a file put before; False where there is none, or of another content."""
         first, _, content = known.partition(b"\0")
-        if content != entry.read:
+        if content != entry.read or first in self.published.unpublished:
             return False
-        first_folder, first_name = self.folders.parent(first)
-        first_name = self.published.temporary.get(first, first_name)
-        source = os.dup(first_folder)
         try:
-            folder, _ = self.folders.parent(entry.stat.path)
-            os.link(first_name, temporary, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
+            first_folder, first_name = self.folders.parent(first)
+            source = os.dup(first_folder)
+            try:
+                folder, _ = self.folders.parent(entry.stat.path)
+                name = self.published.temporary.get(first, first_name)
+                os.link(name, temporary, src_dir_fd=source, dst_dir_fd=folder, follow_symlinks=False)
+            finally:
+                os.close(source)
         except OSError:
-            return False  # a filesystem without links, or the first name failed: a file of its own
-        finally:
-            os.close(source)
+            return False  # a filesystem without links, or the first name cannot be reached: a file of its own
         return True
 
     def _put_folder(self, stat: Stat) -> None:
@@ -9605,13 +9673,19 @@ def restore_snapshot(
 ) -> FileWriter:
     """Restore the paths, or all, below the folder `to`; returns the writer with what it did.
 
-    A path at which nothing stands is one of the writer's problems.
+    A path at which nothing stands is one of the writer's problems.  Raises RestoreError while another process
+    restores into the same folder.
     """
     os.makedirs(to, exist_ok=True)
     if not options.token:  # the same for the same restore: it finds what a killed one left
         options = replace(options, token=f"{snapshot.identity}/{snapshot.folder}/{snapshot.name}")
     writer = FileWriter(reader, to, options)
     missing = set(paths)
+    try:
+        lock_folder(writer.folders.root)  # two with the same temporary names would write into each other's files
+    except BlockingIOError:
+        writer.close()
+        raise RestoreError(f"another restore is writing to {show(to)}; wait for it, or name another --to") from None
 
     def on_damage(error: BackupError) -> None:
         writer.fail(b"", f"some entries are lost: {error}", damaged=True)
@@ -9808,12 +9882,12 @@ def _differs(reader: Reader, folders: Folders, entry: Entry) -> str:
         if entry.stat.kind == "symlink":
             return "" if os.readlink(name, dir_fd=folder) == entry.stat.target else "points elsewhere"
         fd = os.open(name, FILE_FLAGS, dir_fd=folder)
+        try:
+            return "" if has_content(reader, entry.content, fd) else "differs"
+        finally:
+            os.close(fd)
     except OSError as error:
         return f"cannot be read: {explain(error)}"
-    try:
-        return "" if has_content(reader, entry.content, fd) else "differs"
-    finally:
-        os.close(fd)
 
 
 def verify_latest(folder: NodeFolder, reader: Reader, wanted: Callable[[Entry], bool]) -> list[Problem]:
@@ -9857,6 +9931,7 @@ class Drill:
     size: int = 0  # bytes of these
     database: str = ""  # path of the newest SQLite database, which was checked
     problems: tuple[Problem, ...] = ()
+    hindered: str = ""  # why nothing could be restored, for which the store is not at fault
     succeeded: int = 0  # ns, when a drill of this node succeeded last; 0 for never
 
 
@@ -9879,13 +9954,23 @@ def choose_files(entries: Iterable[Entry], count: int) -> list[Entry]:
     return [entry for entry in chosen if newest is None or entry.key != newest.key] + ([newest] if newest else [])
 
 
+def _count_bytes(reader: Reader, entry: Entry) -> int:
+    """Return how many bytes on the disk a file takes, at most; of one that has holes all but these."""
+    if not entry.stat.sparse:
+        return entry.content.size
+    return CHUNK * sum(isinstance(chunk, bytes) for chunk in list_chunks(reader, entry.content))
+
+
 def drill_node(reader: Reader, snapshot: Snapshot, to: str, count: int) -> Drill:
-    """Restore a sample of a snapshot below the folder `to`, compare it, and check the newest database."""
+    """Restore a sample of a snapshot below the folder `to`, compare it, and check the newest database.
+
+    Raises RestoreError where there is no room for it.
+    """
     lost: list[Problem] = []
     entries = list_entries(reader, snapshot.blocks, lambda error: lost.append(Problem("", str(error))))
     chosen = choose_files(entries, count)
     paths = [entry.stat.path for entry in chosen]
-    size, free = sum(entry.content.size for entry in chosen), count_free(to)
+    size, free = sum(_count_bytes(reader, entry) for entry in chosen), count_free(to)
     if size > free:
         raise RestoreError(f"the drill needs {format_size(size)}, {to} has {format_size(free)}; name another --to")
     if paths:
@@ -9920,12 +10005,17 @@ def format_time(moment: int) -> str:
     return datetime.datetime.fromtimestamp(moment // 10**9).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def format_row(widths: Iterable[int], cells: Iterable[str]) -> str:
+    """Return one line of a table."""
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip()
+
+
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with aligned columns."""
     if not rows:
         return []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [format_row(widths, row) for row in rows]
 
 
 def format_totals(totals: Totals) -> str:
@@ -10092,6 +10182,8 @@ def format_repaired(report: RepairReport) -> list[str]:
 def format_drill(drill: Drill, span: float) -> list[str]:
     """Return what a drill did with one node, in `span` seconds."""
     last = f"; the last drill that succeeded was at {format_time(drill.succeeded)}" if drill.succeeded else ""
+    if drill.hindered:
+        return [f"drill: {drill.node}: not made: {drill.hindered}{last}"]
     if drill.problems:
         head = f"drill: {drill.node}: FAILED with {drill.snapshot}{last or '; none has succeeded yet'}"
         return [head, *(f"  {p.path}: {p.message}" if p.path else f"  {p.message}" for p in drill.problems[:20])]
@@ -10148,21 +10240,31 @@ def format_mode(stat: Stat) -> str:
     return stat_bits.filemode(KIND_BITS[stat.kind] | stat.mode)
 
 
-def format_entry(entry: Entry) -> list[str]:
-    """Return the cells of one entry's line in a listing."""
+def format_entry(entry: Entry) -> dict[str, str]:
+    """Return the cells of one entry's line in a listing, by the names of the columns."""
     stat, content = entry.stat, entry.content
-    owner = f"{show(stat.user) or stat.uid}:{show(stat.group) or stat.gid}"
-    size = str(content.size) if stat.kind == "file" else "-"
-    name = show(stat.path) + (f" -> {show(stat.target)}" if stat.target else "")
     said = content.error or stat.error
-    return [
-        format_mode(stat),
-        owner,
-        size,
-        format_time(stat.mtime),
-        content.grade or "-",
-        name + (f" ({show(said)})" if said else ""),
-    ]
+    return {
+        "MODE": format_mode(stat),
+        "OWNER": f"{show(stat.user) or stat.uid}:{show(stat.group) or stat.gid}",
+        "SIZE": str(content.size) if stat.kind == "file" else "-",
+        "TIME": format_time(stat.mtime),
+        "GRADE": content.grade or "-",
+        "PATH": show(stat.path)
+        + (f" -> {show(stat.target)}" if stat.target else "")
+        + (f" ({show(said)})" if said else ""),
+    }
+
+
+def describe_entry(entry: Entry) -> dict[str, str]:
+    """Return the same for JSON, each thing by itself and as it is."""
+    stat, said = entry.stat, entry.content.error or entry.stat.error
+    more = {"TARGET": encode_path(stat.target), "ERROR": said}
+    return {
+        **format_entry(entry),
+        "PATH": encode_path(stat.path),
+        **{name: value for name, value in more.items() if value},
+    }
 
 
 # ---- systemd units ----
@@ -10502,8 +10604,11 @@ def parse_when(text: str, now: int) -> tuple[str, int]:
         ("%Y-%m-%d %H:%M:%S", 1),
     ):
         with contextlib.suppress(ValueError, OverflowError):
-            moment = datetime.datetime.strptime(text, form) + datetime.timedelta(seconds=span)
-            return "", int(moment.timestamp() * 10**9) - 1
+            start = datetime.datetime.strptime(text, form)
+            if span == 86400:  # or an hour more or less
+                return "", int((start + datetime.timedelta(days=1)).timestamp()) * 10**9 - 1
+            # A time that comes twice, when the clocks are put back, ends with its second coming.
+            return "", int(max(start.replace(fold=fold).timestamp() for fold in (0, 1)) + span) * 10**9 - 1
     try:
         return "", now - int(parse_span(re.sub(r"\s*ago$", "", text)) * 1e9)
     except argparse.ArgumentTypeError:
@@ -10563,7 +10668,7 @@ class Output:
         self._drawn = 0.0
         try:
             name = getattr(args, "log_file", "")
-            self.log = open(name, "a", encoding="utf-8") if name else None  # noqa: SIM115
+            self.log = open(name, "a", encoding="utf-8", errors="backslashreplace") if name else None  # noqa: SIM115
         except OSError as error:
             raise UsageError(f"--log-file {show(args.log_file)}: {explain(error)}") from None
 
@@ -11055,7 +11160,8 @@ def run_repair(args: argparse.Namespace) -> int:
     with looking(open_waiting(args.store, (clock, threading.Event()), args.lock_wait, alone=not args.dry_run)) as harm:
         store = harm.store
         report = verify_all(store, harm, VerifyOptions(now=clock.now(), tick=draw_bytes(output)))
-        stale = [path for path, _ in report.files if f"{os.sep}latest{os.sep}" in path[len(store.path) :]]
+        inside = {path: os.path.relpath(path, store.path).split(os.sep) for path, _ in report.files}
+        stale = [path for path, parts in inside.items() if parts[1:2] == ["latest"]]
         plan = plan_repair(replace(report, files=tuple(row for row in report.files if row[0] not in stale)))
         for line in [*format_repair(plan), *(f"{path}: write it anew" for path in stale)]:
             output.say(line)
@@ -11063,7 +11169,7 @@ def run_repair(args: argparse.Namespace) -> int:
             output.say("repair: this was a dry run, nothing is changed")
             return 0 if report.sound else StoreError.exit_code
         done = execute_repair(store, harm, plan)
-        for name in sorted({os.path.relpath(path, store.path).split(os.sep)[0] for path in stale}):
+        for name in sorted({inside[path][0] for path in stale}):
             for problem in repair_latest(store.node(name), harm.reader):
                 output.warn(f"{name}: {problem.path}: {problem.message}")
         for line in format_repaired(done):
@@ -11072,10 +11178,36 @@ def run_repair(args: argparse.Namespace) -> int:
         return 0
 
 
-def run_drill(args: argparse.Namespace) -> int:
-    """Restore a sample of each node for practice, and compare it."""
+def drill_in_scratch(reader: Reader, snapshot: Snapshot, args: argparse.Namespace) -> Drill:
+    """Restore a sample of a node to a folder that is removed again."""
     import tempfile
 
+    try:
+        to = tempfile.mkdtemp(prefix="zbackup-drill-", dir=args.to or None)
+        try:
+            return drill_node(reader, snapshot, to, args.sample)
+        finally:
+            remove_tree(to)
+    except (StoreError, FormatError) as error:
+        return Drill(snapshot.folder, snapshot.name, problems=(Problem("", str(error)),))
+    except RestoreError as error:
+        said = str(error)
+    except OSError as error:
+        said = f"{show(args.to or tempfile.gettempdir())}: {explain(error)}; name another folder with --to"
+    return Drill(snapshot.folder, snapshot.name, hindered=said)  # the other nodes are drilled all the same
+
+
+def find_drill_code(drills: Sequence[Drill]) -> int:
+    """Return the exit code for some drills."""
+    if any(drill.problems for drill in drills):
+        return StoreError.exit_code
+    if any(drill.hindered for drill in drills):
+        return RestoreError.exit_code
+    return 0 if drills else NOBODY
+
+
+def run_drill(args: argparse.Namespace) -> int:
+    """Restore a sample of each node for practice, and compare it."""
     clock = make_clock()
     output = Output(args, clock)
     drills = []
@@ -11087,23 +11219,17 @@ def run_drill(args: argparse.Namespace) -> int:
             if snapshot is None:
                 continue
             started = clock.monotonic()
-            try:
-                with tempfile.TemporaryDirectory(prefix="zbackup-drill-", dir=args.to or None) as to:
-                    drill = drill_node(reader, snapshot, to, args.sample)
-            except OSError as error:
-                where = show(args.to or tempfile.gettempdir())
-                raise RestoreError(f"{where}: {explain(error)}; name another folder with --to") from None
-            drill = replace(drill, succeeded=times.get(node.folder, 0))
+            drill = replace(drill_in_scratch(reader, snapshot, args), succeeded=times.get(node.folder, 0))
             drills.append(drill)
+            failed = drill.problems or drill.hindered
             for line in format_drill(drill, clock.monotonic() - started):
-                (output.warn if drill.problems else output.say)(line)
-            if not drill.problems:
+                (output.warn if failed else output.say)(line)
+            if not failed:
                 times[node.folder] = clock.now()
         save_times(store, DRILLED, times)
         if args.json:
             print(json.dumps([{**vars(d), "problems": [vars(p) for p in d.problems]} for d in drills]))
-        code = StoreError.exit_code if any(drill.problems for drill in drills) else 0 if drills else NOBODY
-        return tell_damage(store) or code
+        return tell_damage(store) or find_drill_code(drills)
 
 
 def print_rows(rows: Sequence[Sequence[str]], as_json: bool) -> None:
@@ -11237,49 +11363,67 @@ def list_snapshots(folder: NodeFolder, harmed: Sequence[str]) -> list[list[str]]
     return rows
 
 
-def list_snapshot(store: Store, snapshot: Snapshot, path: bytes) -> list[list[str]]:
-    """Return the rows of the entries at or below a path in one snapshot."""
-    reader = store.reader()
-    try:
-        entries = find_entries(list_entries(reader, snapshot.blocks), [path] if path else [])
-        rows = [["MODE", "OWNER", "SIZE", "TIME", "GRADE", "PATH"], *map(format_entry, entries)]
-    finally:
-        reader.close()
-    if len(rows) == 1 and path:
-        raise UsageError(f"{show(path)} is not in the snapshot {snapshot.name}")
-    return rows
+Rows = Generator["tuple[dict[str, str], Entry]", None, None]  # entries, and what stands before each in its row
 
 
-def list_versions(store: Store, folder: NodeFolder, path: bytes) -> list[list[str]]:
-    """Return the rows of the versions of one path: the first snapshot that has each."""
-    rows = [["SNAPSHOT", "MODE", "OWNER", "SIZE", "TIME", "GRADE", "PATH"]]
-    reader = store.reader()
+def list_snapshot(store: Store, snapshot: Snapshot, path: bytes) -> Rows:
+    """Yield the entries at or below a path in one snapshot."""
+    with contextlib.closing(store.reader()) as reader:
+        entries = list_entries(reader, snapshot.blocks, lambda error: note_once(store.problems, str(error)))
+        for entry in find_entries(entries, [path] if path else []):
+            yield {}, entry
+
+
+def list_versions(store: Store, folder: NodeFolder, path: bytes) -> Rows:
+    """Yield the versions of one path, each with the first snapshot that has it."""
     last: tuple[object, ...] | None = None
-    try:
+    with contextlib.closing(store.reader()) as reader:
         for snapshot in folder.list_snapshots():
-            for entry in find_entries(list_entries(reader, snapshot.blocks), [path]):
-                content = entry.content
-                version = (
-                    content.chunks,
-                    content.lists,
-                    content.size,
-                    content.error,
-                    entry.stat.target,
-                    entry.stat.kind,
-                )
-                if entry.stat.path == path and version != last:
+            entries = list_entries(reader, snapshot.blocks, lambda error: note_once(store.problems, str(error)))
+            for entry in find_entries(entries, [path]):
+                stat, content = entry.stat, entry.content
+                version = (content.chunks, content.lists, content.size, content.error, stat.target, stat.kind)
+                if stat.path == path and version != last:
                     last = version
-                    rows.append([snapshot.name, *format_entry(entry)])
-    finally:
-        reader.close()
-    if len(rows) == 1:
-        raise UsageError(f"no snapshot of {folder.name} has {show(path)}; see `list {folder.name} --at latest`")
-    return rows
+                    yield {"SNAPSHOT": snapshot.name}, entry
+
+
+def print_listing(make_listing: Callable[[], Rows], as_json: bool) -> None:
+    """Print entries, which are never held together: there may be millions, so they are listed twice."""
+    if as_json:
+        print("[", end="")
+        for number, (before, entry) in enumerate(make_listing()):
+            print(", " * (number > 0) + json.dumps({**before, **describe_entry(entry)}), end="")
+        print("]")
+        return
+    widths: dict[str, int] = {}
+    for before, entry in make_listing():
+        for name, cell in {**before, **format_entry(entry)}.items():
+            widths[name] = max(widths.get(name, len(name)), len(cell))
+    if widths:
+        print(format_row(widths.values(), widths))
+    for before, entry in make_listing():
+        print(format_row(widths.values(), {**before, **format_entry(entry)}.values()))
+
+
+def print_entries(args: argparse.Namespace, store: Store, folder: NodeFolder) -> None:
+    """Print the entries of a snapshot, or the versions of a path."""
+    path = clean_path(args.path or "")
+    if args.at is None:
+        make_listing = functools.partial(list_versions, store, folder, path)
+        nothing = f"no snapshot of {folder.name} has {show(path)}; see `list {folder.name} --at latest`"
+    else:
+        snapshot = find_snapshot(folder, args.at, make_clock().now())
+        make_listing = functools.partial(list_snapshot, store, snapshot, path)
+        nothing = f"{show(path)} is not in the snapshot {snapshot.name}"
+    with contextlib.closing(make_listing()) as listing:
+        if path and next(listing, None) is None:
+            raise UsageError(nothing)
+    print_listing(make_listing, args.json)
 
 
 def run_list(args: argparse.Namespace) -> int:
     """List nodes, a node's snapshots, the versions of a path, or the entries of a snapshot."""
-    clock = make_clock()
     with contextlib.closing(open_command(args)) as store:
         if args.node is None:
             rows = list_nodes(store)
@@ -11287,10 +11431,9 @@ def run_list(args: argparse.Namespace) -> int:
             folder = find_node(store, args.node)
             if args.trash:
                 rows = list_trash(folder)
-            elif args.at is not None:
-                rows = list_snapshot(store, find_snapshot(folder, args.at, clock.now()), clean_path(args.path or ""))
-            elif args.path is not None:
-                rows = list_versions(store, folder, clean_path(args.path))
+            elif args.at is not None or args.path is not None:
+                print_entries(args, store, folder)
+                return tell_damage(store)
             else:
                 rows = list_snapshots(folder, store.lost.snapshots.get(folder.name, ()))
         print_rows(rows, args.json)
@@ -11323,7 +11466,8 @@ def run_restore(args: argparse.Namespace) -> int:
                 print(f"{done.skipped} sockets were left out: their programs make them")
         if not snapshot.good:
             print(f"zbackup: this snapshot is {snapshot.grade}; see `list {snapshot.folder}`", file=sys.stderr)
-        code = StoreError.exit_code if done.damaged else BackupError.exit_code if done.problems else 0
+        incomplete = done.problems or snapshot.cut_off
+        code = StoreError.exit_code if done.damaged else BackupError.exit_code if incomplete else 0
         return tell_damage(store) or code
 
 
@@ -11908,17 +12052,46 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_streams() -> None:
+    """Give a process that was started without standard streams those that lead nowhere.
+
+    The lowest first, which is where each comes to lie: no file of a store may be taken for one of them.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what was asked for; paths may stand after flags, too, which argparse takes for too many."""
+    parser = make_parser()
+    try:
+        args, rest = parser.parse_known_args(arguments)
+    except RecursionError:
+        raise UsageError("an @FILE names itself") from None
+    if rest and not any(word.startswith("-") for word in rest):
+        if isinstance(getattr(args, "path", None), list):
+            args.path += rest
+            rest = []
+        elif getattr(args, "path", "") is None:
+            args.path, *rest = rest
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(map(show, rest))}")
+    return args
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     import signal
 
+    open_streams()
     try:
         with contextlib.suppress(ValueError):  # not the main thread: somebody else's program
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that half files are removed
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        args = make_parser().parse_args(arguments)
+        args = parse_arguments(arguments)
         code: int = args.run(args)
         sys.stdout.flush()
         return code

@@ -429,7 +429,7 @@ def test_list_versions_of_nothing(history: World) -> None:
 
 def test_list_files_of_snapshot(history: World) -> None:
     rows = history.listed(FOLDER, "--at", "2023-11-14")
-    assert [row["PATH"] for row in rows] == ["d", r"d/evil\x1b]0;x\x07\n", r"d/new\u202eline", "d/same", "f"]
+    assert [row["PATH"] for row in rows] == ["d", "d/evil\x1b]0;x\x07\n", "d/new\u202eline", "d/same", "f"]
     assert rows[3] == {
         "MODE": "-rw-r--r--",
         "OWNER": "ann:staff",
@@ -914,3 +914,95 @@ def test_main_reads_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert capsys.readouterr().err == "zbackup: backups is not a zbackup store: it has no zbackup.json\n"
+
+
+# ---- what argparse, Python and the clock do not expect ----
+
+
+def test_paths_after_flags(history: World) -> None:
+    assert (history.restore(FOLDER, "--quiet", "f") / "f").exists()
+    history.run("restore", FOLDER, "--to", "one", "f", "d")
+    assert sorted(os.listdir(history.path / "one")) == ["d", "f"]
+    assert history.run("list", FOLDER, "--json", "f").stdout == history.run("list", FOLDER, "f", "--json").stdout
+    for wrong in (
+        ["list", FOLDER, "--json", "f", "g"],
+        ["verify", "f"],
+        ["restore", FOLDER, "--to", "two", "f", "--no"],
+    ):
+        assert "unrecognized arguments" in history.run(*wrong, code=2).stderr
+
+
+def test_flags_in_a_file_that_names_itself(world: World) -> None:
+    (world.path / "flags").write_text("--quiet\n@flags\n")
+    assert world.run("verify", "@flags", code=2).stderr == "zbackup: an @FILE names itself\n"
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_commands_without_a_standard_stream(history: World, closed: int) -> None:
+    """As from a daemon that closed them: the work is done, and no file of the store takes their place."""
+    for name, code in (("list", 0), ("verify", 0), ("restore", 0), ("cat", 0), ("server", 5)):
+        more = {"restore": [FOLDER, "--to", f"to{closed}"], "cat": [FOLDER, "f"]}.get(name, [])
+        flags = history.server_flags() if name == "server" else [name, *more]
+        done = history.run(*flags, code=code, preexec_fn=lambda: os.close(closed))
+        assert (done.stderr if closed == 2 else done.stdout) == ""
+    assert (history.path / f"to{closed}/f").exists()
+    history.run("verify")
+
+
+def test_time_that_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks were put back at 01:00 UTC: from 02:00 to 03:00 every time came twice."""
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        _, moment = zbackup.parse_when("2026-10-25 02:10:00", NOON)
+        _, before = zbackup.parse_when("2026-10-25 01:59:59", NOON)
+        _, skipped = zbackup.parse_when("2026-03-29 02:30:00", NOON)  # never came
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert zbackup.name_time(moment) == "2026-10-25T01-10-00Z"
+    assert zbackup.name_time(before) == "2026-10-24T23-59-59Z"
+    assert zbackup.name_time(skipped) == "2026-03-29T01-30-00Z"
+
+
+def test_log_file_of_a_name_that_is_not_text(world: World) -> None:
+    name = os.fsdecode(b"store\xff")
+    make_snapshot(world.path / name, [(describe("f"), b"content")])
+    for path in (world.path / name).rglob("2023*.json"):
+        path.write_bytes(path.read_bytes()[:-9])
+    world.run("verify", "--store", name, "--log-file", "log", code=4)
+    assert "store\\udcff" in (world.path / "log").read_text()
+
+
+def test_list_in_json_tells_all_apart(world: World) -> None:
+    """Each path is as `cat` takes it; target and error stand by themselves."""
+    entries = [
+        (describe(b"caf\xe9"), b"1"),
+        (describe("gone"), zbackup.Content(error="Permission denied")),
+        (describe("link", "symlink", target=b"there"), None),
+        (describe("tab\tx"), b"2"),
+        (describe(r"tab\tx"), b"3"),
+    ]
+    make_snapshot(world.store, entries)
+    rows = world.listed(FOLDER, "--at", "latest")
+    assert [world.run("cat", FOLDER, rows[number]["PATH"]).stdout for number in (0, 3, 4)] == ["1", "2", "3"]
+    assert (rows[1]["PATH"], rows[1]["ERROR"]) == ("gone", "Permission denied")
+    assert (rows[2]["PATH"], rows[2]["TARGET"]) == ("link", "there")
+    assert [row.keys() & {"TARGET", "ERROR"} for row in rows] == [set(), {"ERROR"}, {"TARGET"}, set(), set()]
+
+
+def test_list_of_nothing(world: World) -> None:
+    make_snapshot(world.store, [])
+    assert world.listed(FOLDER, "--at", "latest") == []
+    assert world.run("list", FOLDER, "--at", "latest").stdout == ""
+
+
+def test_list_of_versions_of_which_some_are_lost(world: World) -> None:
+    make_snapshot(world.store, [(describe("a"), b"1"), (describe("b"), b"unrelated")])
+    lost = list(world.store.rglob("*.pack"))
+    make_snapshot(world.store, [(describe("a"), b"2")], at=NOON + 10**9)
+    for pack in lost:
+        pack.unlink()
+    done = world.run("list", FOLDER, "a", code=4)
+    assert "2023-11-14T22-13-21Z" in done.stdout and "2023-11-14T22-13-20Z" not in done.stdout
+    assert "a pack is lost" in done.stderr

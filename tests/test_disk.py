@@ -418,3 +418,42 @@ def test_name_in_reaches_a_name_that_is_not_text(tmp_path: Path) -> None:
         file.write(b"one")
     os.close(fd)
     assert os.listdir(os.fsencode(tmp_path)) == [b"\xff"]
+
+
+# ---- folders ----
+
+
+def test_remove_tree_deeper_than_python_recurses(tmp_path: Path) -> None:
+    """And deeper than a path can say; symlinks are not followed."""
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "tree").mkdir()
+    fd = os.open(tmp_path / "tree", os.O_RDONLY)
+    for _ in range(3000):
+        os.symlink(tmp_path, "link", dir_fd=fd)
+        os.close(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
+        os.mkdir("folder", dir_fd=fd)
+        above, fd = fd, os.open("folder", os.O_RDONLY, dir_fd=fd)
+        os.close(above)
+    os.close(fd)
+    z.remove_tree(str(tmp_path / "tree"))
+    assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_lock_of_a_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EBADF))
+    z.lock_folder(-1)
+
+
+def test_syncing_without_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is done at once, and says when it fails."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with open(tmp_path / "a", "wb") as file:
+        z.Syncing(file.fileno()).wait()
+    syncing = z.Syncing(-1)
+    syncing.join()
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        syncing.wait()

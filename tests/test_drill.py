@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 from conftest import FOLDER, PROGRAM, World, halted, held, make_database
-from test_verify import break_content, copy_small_world, find_packs, has_patches, save_tree
+from test_restore import describe, make_snapshot
+from test_verify import break_content, command, copy_small_world, find_packs, has_patches, save_tree
 
 import zbackup as z
 
@@ -349,3 +350,34 @@ def test_database_that_needs_what_only_its_program_has_is_not_bad(world: World) 
     world.sweep("--reserve", "0")
     (found,) = drill(world)
     assert (found["database"], found["problems"]) == ("files/base.db", [])
+
+
+def test_node_that_cannot_be_drilled_does_not_stop_the_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For want of room, which is counted without holes, or since what is stored of it is wrong."""
+    size = 8 * z.CHUNK
+    for node, stat, content in (
+        ("10.0.0.1", describe("a"), b"a"),
+        ("10.0.0.2", describe("sparse", size=size, sparse=True), z.Content(size, (size // z.CHUNK,), (), "stable")),
+        ("10.0.0.3", describe("full"), os.urandom(size)),
+        ("10.0.0.4", describe("a"), z.Content(1, (1 << 30,), (), "stable")),
+        ("10.0.0.5", describe("a"), b"a"),
+    ):
+        make_snapshot(world.store, [(stat, content)], node=node)
+    monkeypatch.setattr(z, "count_free", lambda path: 2 * z.CHUNK)
+    code, out, _ = command(world.store, "drill", "--json")
+    found = json.loads(out)
+    assert code == 4 and load_succeeded(world).keys() == {"10.0.0.1", "10.0.0.2", "10.0.0.5"}
+    assert [row["hindered"][:25] for row in found] == ["", "", "the drill needs 8.0 MiB, ", "", ""]
+    assert [row["problems"] for row in found] == [[], [], [], [{"path": "", "message": "not a digest: 1073741824"}], []]
+    shutil.rmtree(world.store / "10.0.0.4")
+    code, _, err = command(world.store, "drill")
+    assert code == 1 and err.startswith("drill: 10.0.0.3: not made: the drill needs 8.0 MiB, ")
+
+
+def test_drill_of_folders_deeper_than_python_recurses(world: World) -> None:
+    parts = [describe("/".join(["d"] * depth), "directory") for depth in range(1, 1500)]
+    leaf = describe("/".join(["d"] * 1499 + ["leaf"]))
+    make_snapshot(world.store, [*((stat, None) for stat in parts), (leaf, b"leaf")])
+    (world.path / "scratch").mkdir()
+    world.run("drill", "--to", "scratch")
+    assert os.listdir(world.path / "scratch") == []

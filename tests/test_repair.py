@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import FOLDER, PROGRAM, World, held
+from test_restore import NOON, describe, make_snapshot
 from test_verify import (
     WAYS,
     Restored,
@@ -691,4 +692,14 @@ def test_patch_that_nothing_names_any_more_is_no_loss(world: World) -> None:
     assert any(has_patches(pack) for pack in find_packs(world.store))
     assert "are lost" not in world.run("repair", "--reserve", "0").stdout
     assert not (world.store / "damage/lost.json").exists()
+    world.run("verify")
+
+
+def test_repair_of_a_node_that_is_called_latest(world: World) -> None:
+    for at in (NOON, NOON + 10**9):
+        last = make_snapshot(world.store, [(describe("a"), b"content")], at=at, node="latest")
+    path = world.store / "latest/snapshots" / f"{last.name}.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    world.run("verify", code=4)
+    world.run("repair")
     world.run("verify")

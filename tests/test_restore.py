@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import stat as stat_bits
 import struct
 import subprocess
@@ -49,7 +50,12 @@ def put_file(writer: zbackup.PackWriter, stat: zbackup.Stat, data: bytes, grade:
 
 
 def make_snapshot(
-    path: Path, entries: list[tuple[zbackup.Stat, Any]], grade: str = "stable", at: int = NOON, **fields: Any
+    path: Path,
+    entries: list[tuple[zbackup.Stat, Any]],
+    grade: str = "stable",
+    at: int = NOON,
+    node: str = FOLDER,
+    **fields: Any,
 ) -> zbackup.Snapshot:
     """Store a snapshot of (Stat, content): bytes, a Content, a ready line as bytes of an Entry, or None."""
     with contextlib.closing(zbackup.open_store(str(path), create=True)) as store:
@@ -63,12 +69,12 @@ def make_snapshot(
                 blocks.put(zbackup.Entry(zbackup.encode_stat(stat), read))
         digests = blocks.close()
         writer.seal()
-        folder = store.node(FOLDER)
+        folder = store.node(node)
         folder.make()
-        folder.save_known(zbackup.Known(FOLDER, "0" * 32, "host", (FOLDER,), at, at))
+        folder.save_known(zbackup.Known(node, "0" * 32, "host", (FOLDER,), at, at))
         sequence = 1 + len(os.listdir(folder.snapshots))
         snapshot = zbackup.Snapshot(
-            zbackup.name_time(at), FOLDER, sequence, at, at, grade, blocks=digests, host="host", **fields
+            zbackup.name_time(at), node, sequence, at, at, grade, blocks=digests, host="host", **fields
         )
         return folder.save_snapshot(snapshot)
 
@@ -1343,3 +1349,156 @@ def test_restore_by_several_processes_disk_full(world: World, what: str) -> None
         assert all(path.read_bytes() == noise for path in left)
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+# ---- what stands there already, or is made meanwhile ----
+
+LEAVE = """
+import sqlite3, os
+c = sqlite3.connect("live/bd", isolation_level=None)
+c.execute("PRAGMA journal_mode = {mode}")
+c.execute("PRAGMA cache_size = 5")
+c.execute("BEGIN")
+c.execute("DELETE FROM t WHERE a >= 10")
+if {commit}:
+    c.execute("COMMIT")
+os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("flags", [["--overwrite"], []])
+@pytest.mark.parametrize("mode", ["wal", "delete"])
+def test_database_beside_the_log_of_another_version(world: World, mode: str, flags: list[str]) -> None:
+    """SQLite would play the log of a killed program into what was restored."""
+    live = world.path / "live"
+    live.mkdir()
+    make_database(live / "bd", 5000).close()
+    make_snapshot(world.store, [(describe("bd", database=True), (live / "bd").read_bytes())], grade="frozen")
+    subprocess.run([sys.executable, "-c", LEAVE.format(mode=mode, commit=mode == "wal")], cwd=world.path)
+    if not flags:
+        (live / "bd").unlink()
+    before = {path.name: path.read_bytes() for path in live.iterdir()}
+    log = "bd-wal" if mode == "wal" else "bd-journal"
+    assert before[log]
+    done = world.run("restore", FOLDER, "--to", "live", *flags, code=1)
+    assert f"bd: SQLite would mix {log} into it" in done.stderr
+    assert {path.name: path.read_bytes() for path in live.iterdir()} == before
+    (live / log).unlink()
+    world.run("restore", FOLDER, "--to", "live", *flags)
+    with contextlib.closing(sqlite3.connect(live / "bd")) as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (5000,)
+
+
+@pytest.mark.parametrize("log", [b"", bytes(512)])
+def test_database_beside_a_log_that_is_done(world: World, log: bytes) -> None:
+    (world.path / "live").mkdir()
+    (world.path / "live/bd-journal").write_bytes(log)
+    make_snapshot(world.store, [(describe("bd", database=True), b"content")])
+    assert (world.restore("--overwrite", to="live") / "bd").read_bytes() == b"content"
+
+
+def test_database_beside_a_log_that_cannot_be_read(world: World) -> None:
+    (world.path / "live").mkdir()
+    os.symlink("elsewhere", world.path / "live/bd-wal")
+    make_snapshot(world.store, [(describe("bd", database=True), b"content")])
+    world.restore("--overwrite", to="live", code=1)
+    assert not (world.path / "live/bd").exists()
+
+
+HOLD_FOLDER = """
+import os, sys, zbackup
+zbackup.lock_folder(os.open(sys.argv[1], os.O_RDONLY))
+print("held", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_two_restores_into_one_folder(world: World) -> None:
+    """They would give their files the same temporary names."""
+    make_snapshot(world.store, [(describe("a"), b"content")])
+    (world.path / "to").mkdir()
+    hold = [sys.executable, "-c", HOLD_FOLDER, str(world.path / "to")]
+    with subprocess.Popen(hold, env=world.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        done = world.run("restore", FOLDER, "--to", "to", code=1)
+        assert done.stderr == "zbackup: another restore is writing to to; wait for it, or name another --to\n"
+        assert os.listdir(world.path / "to") == []
+        other.kill()
+    assert (world.restore(to="to") / "a").read_bytes() == b"content"
+
+
+@pytest.mark.parametrize("where", [".", "d"])
+def test_acl_of_the_folder_is_not_taken_over(world: World, where: str) -> None:
+    """A file is not readable by more than it was, because of where it is put."""
+    entries = [
+        (describe("d", "directory"), None),
+        (describe("d/fifo", "fifo", mode=0o640), None),
+        (describe("d/secret", mode=0o640), b"secret"),
+    ]
+    make_snapshot(world.store, entries)
+    (world.path / "to/d").mkdir(parents=True)
+    try:
+        os.setxattr(world.path / "to" / where, "system.posix_acl_default", make_acl(65534))
+    except OSError:
+        pytest.skip("no ACLs here")
+    if where == ".":
+        (world.path / "to/d").rmdir()
+    restored = world.restore("--overwrite", to="to")
+    for path in ("d", "d/fifo", "d/secret"):
+        assert os.listxattr(restored / path) == [], path
+    assert (restored / "d/secret").stat().st_mode & 0o777 == 0o640
+
+
+def test_folder_that_was_not_read_is_told(world: World) -> None:
+    make_snapshot(world.store, [(describe("d", "directory", error="Permission denied"), None)], grade="partial")
+    done = world.run("restore", FOLDER, "--to", "to", code=1)
+    assert "d: what is in it is not in this snapshot: Permission denied" in done.stderr
+    assert (world.path / "to/d").is_dir()
+
+
+def test_snapshot_that_was_cut_off_is_not_all(world: World) -> None:
+    make_snapshot(world.store, [(describe("a"), b"content")], grade="partial", cut_off="the node went away")
+    assert (world.restore(code=1) / "a").read_bytes() == b"content"
+
+
+LATE = """
+import sys, zbackup
+real, made = zbackup.publish, []
+
+def publish(*arguments):
+    if not made:
+        made.append(open("restored/a", "w").write("of another program"))
+    real(*arguments)
+
+zbackup.publish = publish
+sys.exit(zbackup.main(sys.argv[1:]))
+"""
+SEVERAL = {"links": 2, "device": 5, "inode": 77}  # of a file with two names
+HOLES = zbackup.Content(zbackup.PUBLISH_BYTES, (zbackup.PUBLISH_BYTES // MIB,), (), "stable")
+
+
+def make_far_names(store: Path, first: str, *before: tuple[zbackup.Stat, Any]) -> None:
+    """Make a snapshot of a file with two names, the first of which is published before the second one's turn."""
+    between = [(describe(f"h{i}", size=HOLES.size, sparse=True), HOLES) for i in range(4)]
+    make_snapshot(
+        store, [*before, (describe(first, **SEVERAL), b"mine"), *between, (describe("z", **SEVERAL), b"mine")]
+    )
+
+
+def test_name_of_a_file_that_another_program_made(world: World) -> None:
+    make_far_names(world.store, "a")
+    command = [sys.executable, "-c", LATE, "restore", FOLDER, "--jobs", "1", "--to", "restored"]
+    done = subprocess.run(command, cwd=world.path, env=uncovered(world.env), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "zbackup: a: cannot be put at its place: File exists\n"
+    assert (world.path / "restored/a").read_text() == "of another program"
+    assert (world.path / "restored/z").read_text() == "mine"
+
+
+@needs_root
+def test_name_of_a_file_in_a_folder_that_was_closed(world: World, public: Path) -> None:
+    make_far_names(public / "backups", "d/a", (describe("d", "directory", mode=0), None))
+    for path in (public, *public.rglob("*")):
+        os.chown(path, 65534, 65534)
+    done = run_as_nobody(["restore", FOLDER, "--jobs", "1", "--to", "to"], public, world.env)
+    assert done.returncode == 1 and "z:" not in done.stderr
+    assert (public / "to/z").read_text() == "mine"
