@@ -107,7 +107,7 @@ from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, NoReturn, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, NamedTuple, NoReturn, TextIO, Union
 
 if TYPE_CHECKING:
     import io
@@ -1181,6 +1181,8 @@ class Totals:
 
 SNAPSHOT_GRADES = ("partial", "torn", "stable", "frozen")  # the worst first
 ROOTS_KEPT = 1000  # roots named in a snapshot: a glob may give any number
+NAME_KEPT = 4096  # characters of one, as shown
+ADDRESSES_KEPT = 1000  # of a node
 PROBLEMS_KEPT = 1000  # problems named in a snapshot; `failed` counts all
 
 
@@ -1325,14 +1327,15 @@ RESERVED = (
         "verified.json",
         "drill.json",
     ),
-    *("index.sqlite", "index.sqlite-wal", "index.sqlite-shm"),
 )
+INDEX_FILE = "index.sqlite"  # SQLite makes others whose names begin with it, and takes what has them for its own
 
 
 def name_folder(host: str) -> str:
     """Return the folder of the node first seen at `host`: a name that any filesystem takes."""
     name = re.sub(r"[^A-Za-z0-9._-]", "-", host)
-    return f"node-{name}" if name.startswith((".", "-")) or name.lower() in RESERVED else name
+    taken = name.lower() in RESERVED or name.lower().startswith(INDEX_FILE)
+    return f"node-{name}" if taken or name.startswith((".", "-")) else name
 
 
 @dataclass(frozen=True)
@@ -1372,6 +1375,7 @@ class ServerSettings:
     most_bytes: int = MOST_BYTES
     longest: float = LONGEST
     jobs: int = JOBS
+    create: bool = True
     latest: bool = True
     latest_jobs: int = 1
     checksum: bool = False
@@ -3668,6 +3672,9 @@ class Progress:
     blocks: tuple[bytes, ...] = ()
     tail: tuple[bytes, ...] = ()  # lines of entries after the blocks
     current: Entry | None = None  # the file being read, as far as it was
+    deleted: int = 0  # entries that the node no longer lists, up to there
+    scrambled: int = 0  # as in Receiver
+    opaque: int = 0
 
 
 def encode_progress(progress: Progress) -> bytes:
@@ -3676,6 +3683,9 @@ def encode_progress(progress: Progress) -> bytes:
         "blocks": [digest.hex() for digest in progress.blocks],
         "tail": [line.decode("ascii") for line in progress.tail],
         "current": progress.current.encode().decode("ascii") if progress.current else "",
+        "deleted": progress.deleted,
+        "scrambled": progress.scrambled,
+        "opaque": progress.opaque,
     }
     return encode_file(fields)
 
@@ -3688,6 +3698,9 @@ def decode_progress(data: bytes) -> Progress:
         blocks=tuple(decode_digest(text) for text in fields.texts("blocks", 1 << 30)),
         tail=tuple(line.encode("ascii", "replace") for line in fields.texts("tail", 1 << 20, ENTRY_LIMIT)),
         current=Entry.decode(current) if current else None,
+        deleted=fields.integer("deleted", 0),
+        scrambled=fields.integer("scrambled", 0),
+        opaque=fields.integer("opaque", 0),
     )
 
 
@@ -3820,8 +3833,10 @@ class NodeFolder:
     def save_snapshot(self, snapshot: Snapshot) -> Snapshot:
         """Keep a snapshot whose content is durable (I1); returns it as it is named.
 
-        Two in the same second get names that differ; none is ever overwritten (I3).
+        Two in the same second get names that differ; none is ever overwritten (I3).  Raises FormatError where it
+        could not be read again.
         """
+        decode_snapshot(encode_snapshot(snapshot), self.name, snapshot.name)
         for number in itertools.count(1):
             name = snapshot.name if number == 1 else f"{snapshot.name}-{number}"
             named = replace(snapshot, name=name)
@@ -4118,7 +4133,7 @@ def _load_identity(path: str) -> str:
             )
         return fields.text("id")
     except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{path} is not a zbackup store: it has no zbackup.json") from None
+        raise StoreError(f"{path} is not a zbackup store: it has no zbackup.json; is its disk mounted?") from None
     except OtherFormat as error:
         raise StoreError(f"the store {path} cannot be read: {error}") from None
     except FormatError as error:
@@ -4137,11 +4152,14 @@ def open_index(path: str, alone: bool = False) -> Index:
     import sqlite3
 
     try:
-        return Index(os.path.join(path, "index.sqlite"))
+        return Index(os.path.join(path, INDEX_FILE))
     except (sqlite3.OperationalError, OSError) as error:
         if alone and count_free(path) <= LITTLE:
-            remove_index(os.path.join(path, "index.sqlite"))
+            remove_index(os.path.join(path, INDEX_FILE))
         elif os.access(path, os.W_OK) and count_free(path) > LITTLE:
+            journal = os.path.join(path, f"{INDEX_FILE}-journal")
+            if os.path.isdir(journal):
+                raise StoreError(f"{show(journal)} is a folder, which SQLite takes for its own: rename it") from None
             raise StoreError(f"the index of the store {path} cannot be opened: {error}") from None
         return Index(":memory:")
 
@@ -6688,7 +6706,7 @@ class Node:
             "name": self.settings.name,
             "folder": self.settings.folder,
             "codecs": list_codecs(),
-            "roots": list(self.settings.files),
+            "roots": list(self.settings.files[:ROOTS_KEPT]),
         }
 
     def _pass_to_session(self, request: Request) -> None:
@@ -6865,6 +6883,7 @@ class Target:
     addresses: tuple[Address, ...]  # all that it answered at; the first one is used
     folder: str
     note: str = ""
+    planned: str = ""  # the identity that the folder had then
 
 
 def _plan_target(hello: Hello, addresses: tuple[Address, ...], taken: set[str]) -> Target:
@@ -6877,7 +6896,8 @@ def _plan_target(hello: Hello, addresses: tuple[Address, ...], taken: set[str]) 
     plain = name_folder(first.host)
     names = [*([wish] if wish else []), plain, *([f"{plain}-{first.port}"] if first.port != PORT else [])]
     last = f"{plain}-{name_short(hello.identity)}"
-    folder = next((name for name in names if name.lower() not in taken), last)
+    more = itertools.chain(names, [last], (f"{last}-{number}" for number in itertools.count(2)))
+    folder = next(name for name in more if name.lower() not in taken)
     note = "a new node" + (f" with the key {hello.identity}" if is_key(hello.identity) else "")
     if names[0].lower() in taken:
         note = f"another node than the one whose copies are in {names[0]}; its copies go to {folder}"
@@ -6945,7 +6965,7 @@ def plan_targets(
             continue
         if node:
             note = f"it has a key now, {identity}" if node.identity != identity else ""
-            targets.append(Target(hello, addresses, node.folder, note))
+            targets.append(Target(hello, addresses, node.folder, note, node.identity))
         else:
             targets.append(_plan_target(hello, addresses, taken))
         detail = f"has the identity of the node at {first.address}, as a cloned machine does: remove its state folder"
@@ -6969,6 +6989,16 @@ def _change_known(folder: NodeFolder, change: Callable[[Known], Known]) -> Known
         known = change(folder.load_known())
         folder.save_known(known)
         return known
+    finally:
+        os.close(lock)
+
+
+def save_offer(store: Store, name: str, key: str) -> None:
+    """Note the key that was met in place of a node's."""
+    folder = store.node(name)
+    lock = folder.lock()
+    try:
+        folder.save_known(replace(store.load_known(name), offered=key))
     finally:
         os.close(lock)
 
@@ -7022,8 +7052,8 @@ NO_BLOCK = Block(b"", (b"",), (b"",))  # stands after the last one
 class Base:
     """The last snapshot beside the new listing: two sorted streams, merged."""
 
-    def __init__(self, blocks: Iterator[tuple[Block, Set[int]]]) -> None:
-        self.deleted = 0  # entries that the listing no longer has
+    def __init__(self, blocks: Iterator[tuple[Block, Set[int]]], deleted: int = 0) -> None:
+        self.deleted = deleted  # entries that the listing no longer has
         self.present = True  # whether the store has all of the entry that was matched last
         self._blocks = blocks
         self._block = NO_BLOCK  # that the next entry stands in
@@ -7097,6 +7127,7 @@ class Slot:
         self._stat = stat
         self.entry: Entry | None = None
         self.gone = False
+        self.deleted = 0  # entries before it that are no longer listed
         self.again = False  # it changed while it was read: read it on its own
 
     @property
@@ -7579,10 +7610,10 @@ class Receiver:
 
     def _watch(self, want: Want, digest: bytes, data: memoryview) -> None:
         """Count a file whose first bytes look encrypted, and did not."""
-        if not self.watching or want.chunk or not looks_scrambled(data):
-            return
+        if not self.watching or want.chunk or not looks_scrambled(data) or not self.writer.unknown([digest]):
+            return  # what is known was counted before a pull was cut off, or has another name now
         if want.slot.old is None:
-            self.opaque += bool(self.writer.unknown([digest]))
+            self.opaque += 1
         elif want.base:
             with contextlib.suppress(StoreError, FormatError):
                 before = self.reader.get(want.base)
@@ -7735,7 +7766,7 @@ class Tally:
     def note(self, path: bytes | str, message: str) -> None:
         """Note what the user should know of a path."""
         if len(self.problems) < PROBLEMS_KEPT:
-            self.problems.append(Problem(show(path), show(message)))
+            self.problems.append(Problem(show(path)[:NAME_KEPT], show(message)[:NAME_KEPT]))
 
     def put(self, lines: bytes, reads: bytes, count: int) -> None:
         """Count entries of the snapshot, given their halves, joined."""
@@ -7758,6 +7789,7 @@ class Intake:
         self.tally = Tally()
         self.blocks = BlockWriter(writer)
         self.receiver = Receiver(reader, writer)
+        self.deleted = 0  # entries that the node no longer lists, before the last one that was put
         self.full = False  # the disk is: what the node still lists is only counted
         self.has_before = False  # there is an older copy: a file with a new name may be in it
         self.on_seal: Callable[[Progress], None] = lambda progress: None
@@ -7846,7 +7878,9 @@ class Intake:
 
     def seal(self) -> None:
         """Make what has arrived durable, and remember how far it goes."""
-        progress = Progress(tuple(self.blocks.blocks), tuple(self.blocks.tail), self.current())
+        told = self.receiver
+        counts = self.deleted, told.scrambled, told.opaque
+        progress = Progress(tuple(self.blocks.blocks), tuple(self.blocks.tail), self.current(), *counts)
         self.writer.seal()
         self.on_seal(progress)
 
@@ -8085,6 +8119,23 @@ class Listing:
         self._lines, self._at = self._lines[self._at :] + lines, 0
 
 
+def find_alarm(intake: Intake, good: Snapshot | None) -> str:
+    """Return why this copy looks as if data were lost, compared with the last good one; "" where it does not."""
+    if good is None:
+        return ""
+    counts, before, receiver = intake.tally.counts, good.totals, intake.receiver
+    if "partial" not in intake.tally.grades:
+        if 2 * counts["files"] < before.files:
+            return f"it has {counts['files']} files, where {good.name} has {before.files}"
+        if 2 * counts["size"] < before.size:
+            return f"its files have {format_size(counts['size'])}, where {good.name} has {format_size(before.size)}"
+    renamed = receiver.opaque if 2 * counts["deleted"] > before.files else 0
+    if 2 * (receiver.scrambled + renamed) > before.files:
+        count = receiver.scrambled + renamed
+        return f"{count} of {before.files} files became bytes that do not compress, as if they were encrypted"
+    return ""
+
+
 class Pull:
     """One copy of one node, from OPEN to the blocks of its snapshot."""
 
@@ -8103,10 +8154,10 @@ class Pull:
         """Make the node open a copy for a store; returns its roots, and those that are missing."""
         self.opened = True
         answer = self.intake.call(OPEN, {"codecs": list_codecs(), "server": store}).fields
-        missing = tuple(show(path) for path in answer.texts("missing", ROOTS_KEPT))
+        missing = tuple(show(path)[:NAME_KEPT] for path in answer.texts("missing", ROOTS_KEPT))
         for path in missing:
             self.intake.tally.fail(path, "does not exist on the node")
-        return tuple(show(root) for root in answer.texts("roots", ROOTS_KEPT)), missing
+        return tuple(show(root)[:NAME_KEPT] for root in answer.texts("roots", ROOTS_KEPT)), missing
 
     def close(self) -> None:
         """Let the node end the copy; what --after says is noted."""
@@ -8165,6 +8216,7 @@ class Pull:
         self.intake.put_block(block)
         with self.intake.until_full():
             self._base.match_block()
+        self.intake.deleted = self._base.deleted
         return True
 
     def _take_line(self, line: bytes) -> None:
@@ -8182,26 +8234,11 @@ class Pull:
         old, stat = self._base.match(line)
         return [stat.size] if stat and stat.kind == "file" else []
 
-    def find_alarm(self, good: Snapshot | None) -> str:
-        """Return why this copy looks as if data were lost, compared with the last good one; "" where it does not."""
-        if good is None:
-            return ""
-        counts, before, receiver = self.intake.tally.counts, good.totals, self.intake.receiver
-        if "partial" not in self.intake.tally.grades:
-            if 2 * counts["files"] < before.files:
-                return f"it has {counts['files']} files, where {good.name} has {before.files}"
-            if 2 * counts["size"] < before.size:
-                return f"its files have {format_size(counts['size'])}, where {good.name} has {format_size(before.size)}"
-        renamed = receiver.opaque if 2 * counts["deleted"] > before.files else 0
-        if 2 * (receiver.scrambled + renamed) > before.files:
-            count = receiver.scrambled + renamed
-            return f"{count} of {before.files} files became bytes that do not compress, as if they were encrypted"
-        return ""
-
     def _decide(self, line: bytes) -> Slot:
         """Return the slot of a line: done where nothing is to be read."""
         old, stat = self._base.match(line)
         slot = Slot(line, old, stat)
+        slot.deleted = self._base.deleted
         if old and old.line == line and self._base.present and self._is_unchanged(old.line, old.read):
             slot.entry = old
         elif slot.stat.error:
@@ -8300,6 +8337,7 @@ class Pull:
             slot = self._slots.popleft()
             if self._linked:
                 self._linked.discard(slot.stat.link_key or (0, 0))
+            self.intake.deleted = slot.deleted
             if slot.entry:
                 done.append(slot.entry)
         if done:
@@ -8420,6 +8458,12 @@ def list_base(reader: Reader, progress: Progress, last: Snapshot | None, problem
         yield block
 
 
+def check_identity(intake: Intake, identity: str) -> None:
+    """Raise NodeError unless the node at the other end is who it was when the sweep began."""
+    if decode_hello(intake.call(HELLO, say_hello())).identity != identity:
+        raise NodeError("another node has its address by now; the next sweep copies it", "late")
+
+
 class Copier:
     """Copies one node into its folder: base, pull, snapshot."""
 
@@ -8486,12 +8530,16 @@ class Copier:
         good = next((snapshot for snapshot in folder.newest() if snapshot.good), None)
         intake.receiver.watching = good is not None
         intake.has_before = last is not None
-        base = Base(list_lacking(intake.reader, list_base(intake.reader, progress, last, self.store.problems)))
+        intake.receiver.scrambled, intake.receiver.opaque = progress.scrambled, progress.opaque
+        blocks = list_lacking(intake.reader, list_base(intake.reader, progress, last, self.store.problems))
+        base = Base(blocks, progress.deleted)
         pull = Pull(intake, progress.current)
         try:
+            if not is_key(start.identity):  # a key is proved; else another node may have its place by now
+                check_identity(intake, start.identity)
             roots, missing = pull.open(self.store.identity)
             start = replace(start, roots=roots, missing=missing)
-            blocks = pull.run(base)
+            pulled = pull.run(base)
         except (NodeError, Interrupted) as error:
             pull.leave()
             saved = self._save_part(intake, folder, replace(start, cut_off=str(error)))
@@ -8502,7 +8550,7 @@ class Copier:
         finally:
             pull.links.close()
         intake.writer.seal()
-        whole = replace(start, blocks=blocks, grade=worst_grade(intake.tally.grades), alarm=pull.find_alarm(good))
+        whole = replace(start, blocks=pulled, grade=worst_grade(intake.tally.grades), alarm=find_alarm(intake, good))
         saved = self._save(intake, folder, whole)
         folder.drop_progress()
         try:
@@ -8545,9 +8593,12 @@ class Copier:
         try:
             known = folder.load_known()
         except (OSError, FormatError):
-            known = Known(folder.name, "", first_seen=now)
+            known = Known(folder.name, target.planned, first_seen=now)
+        if known.identity != target.planned:
+            raise NodeError("what is known of it has changed, as by `trust`; the next sweep copies it", "late")
         known = replace(known, identity=target.hello.identity, name=show(target.hello.name), offered="")
-        folder.save_known(replace(known, addresses=tuple(map(str, target.addresses)), last_seen=now))
+        addresses = tuple(map(str, target.addresses[:ADDRESSES_KEPT]))
+        folder.save_known(replace(known, addresses=addresses, last_seen=now))
 
 
 def report_probe(found: Probe) -> NodeReport:
@@ -8571,7 +8622,8 @@ def report_missing(
         if node.folder not in present and here:
             away = now - node.last_seen
             told = min(here, key=lambda found: (REFUSES, STRANGER, SILENT, NODE).index(found.state))
-            code = report_probe(told).exit_code or (MISSING if away > stale * 1e9 else 0)
+            # A clock that was ahead when it was seen must not hide it until then.
+            code = report_probe(told).exit_code or (MISSING if abs(away) > stale * 1e9 else 0)
             state = SILENT if told.state == NODE else told.state  # another node has its address, and is told of apart
             where = tuple(dict.fromkeys((str(told.address), *node.addresses)))
             report = NodeReport(where[0], state, where, node.folder, error=told.detail, exit_code=code, missing=away)
@@ -8630,7 +8682,8 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
     probes = probe_all(wire, addresses, known, settings)
     targets, refused = plan_targets(probes, known, settings.strict)
     for name, key in list_offers(refused).items():
-        store.node(name).save_known(replace(store.load_known(name), offered=key))
+        with contextlib.suppress(LockedStore):  # it is being copied by another run: the next sweep meets the key again
+            save_offer(store, name, key)
     instead = {found.address: found for found in refused}
     probes = [instead.get(found.address, found) for found in probes]
     missing = report_missing(probes, targets, known, (wire.clock.now(), settings.stale))
@@ -10047,7 +10100,10 @@ def format_node(report: NodeReport) -> list[str]:
             "" if any(f"{address}:".startswith(f"{report.folder}:") for address in report.addresses) else report.folder
         )
         what = show(report.error) or "does not answer"
-        return [f"{name}{': ' if name else ''}{head}{what}; last seen {format_span(report.missing / 1e9)} ago"]
+        seen = f"{format_span(report.missing / 1e9)} ago"
+        if report.missing < 0:
+            seen = f"{format_span(-report.missing / 1e9)} from now: the clock was wrong then, or is so now"
+        return [f"{name}{': ' if name else ''}{head}{what}; last seen {seen}"]
     snapshot = report.snapshot
     if snapshot is None:
         return [f"{head}{show(report.error) or report.state}"]
@@ -10327,6 +10383,7 @@ def format_server_unit(service: Service) -> list[str]:
         "#   useradd --system zbackup",
         f"#   install -d -m 700 -o zbackup {service.store}",
         *("[Unit]", "Description=zbackup server"),
+        f"RequiresMountsFor={quote_unit_word(service.store).replace('$$', '$')}",
     ]
     at_home = any(
         path.startswith(("/home/", "/root/")) for path in (service.store, f"{service.folder}/", *service.command)
@@ -10666,6 +10723,7 @@ class Output:
         self.clock = clock
         self._progress = sys.stderr.isatty() and not self.quiet and not self.json
         self._drawn = 0.0
+        self.unread = False  # a line could not be written
         try:
             name = getattr(args, "log_file", "")
             self.log = open(name, "a", encoding="utf-8", errors="backslashreplace") if name else None  # noqa: SIM115
@@ -10677,13 +10735,23 @@ class Output:
         self._write(line)
         if not self.quiet and not self.json:
             self._clear()
-            print(line, flush=True)
+            self._print(line, sys.stdout)
+
+    def put(self, fields: object) -> None:
+        """Print JSON."""
+        self._print(json.dumps(fields), sys.stdout)
 
     def warn(self, line: str) -> None:
         """Print what the user must know."""
         self._write(line)
         self._clear()
-        print(line, file=sys.stderr, flush=True)
+        self._print(line, sys.stderr)
+
+    def _print(self, line: str, stream: TextIO) -> None:
+        try:
+            print(line, file=stream, flush=True)
+        except OSError:  # nobody reads it, or the disk is full: no reason to end backups
+            self.unread = True
 
     def _write(self, line: str) -> None:
         if self.log is None:
@@ -10939,11 +11007,11 @@ def tell_node(report: NodeReport, output: Output) -> None:
         say(line)
 
 
-def tell_sweep(report: SweepReport, output: Output) -> None:
-    """Print the end of a sweep."""
+def tell_sweep(report: SweepReport, output: Output, cut_off: bool) -> None:
+    """Print the end of a sweep, which may have been cut off before all was asked."""
     if output.json:
-        print(json.dumps(describe_sweep(report)), flush=True)
-    if report.exit_code == NOBODY:
+        output.put(describe_sweep(report))
+    if report.exit_code == NOBODY and not cut_off:
         output.warn("zbackup: no node answered; is `zbackup.pyz node` running there, and the port open?")
     for line in format_sweep(report):
         (output.warn if line.startswith("the store: ") else output.say)(line)
@@ -10966,7 +11034,7 @@ def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: 
         workers = Workers(settings.latest_jobs if settings.latest else 0, opened_maker, "--latest-jobs")
         stack.enter_context(contextlib.closing(workers))
         try:
-            store = open_waiting(settings.store, running, settings.lock_wait, create=True)
+            store = open_waiting(settings.store, running, settings.lock_wait, settings.create)
             stack.enter_context(contextlib.closing(store))
             wire = Wire(*running, settings.heartbeat, find_server_pair(settings.store, settings.key_file))
             stack.enter_context(contextlib.closing(wire))
@@ -10980,11 +11048,15 @@ def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: 
                 events.report(lost)
             report = sweep(copier, numbers, events)
             report = replace(report, nodes=(*failed, *report.nodes))
-            tell_sweep(report, output)
-            return Interrupted.exit_code if running[1].is_set() else report.exit_code
+            cut_off = running[1].is_set()
+            tell_sweep(report, output, cut_off)
+            return Interrupted.exit_code if cut_off else report.exit_code
         except BackupError as error:
             output.warn(f"zbackup: {error}")
             return error.exit_code
+        except OSError as error:
+            output.warn(f"zbackup: this sweep was cut off: {explain(error)}")
+            return StoreError.exit_code
 
 
 def worst_code(*codes: int) -> int:
@@ -11023,6 +11095,9 @@ def prune_store(args: argparse.Namespace, running: Running, output: Output, dry_
     except BackupError as error:
         output.warn(f"zbackup: not pruned: {error}")
         return error.exit_code
+    except OSError as error:
+        output.warn(f"zbackup: pruning was cut off: {explain(error)}")
+        return StoreError.exit_code
     finally:
         store.close()
 
@@ -11046,6 +11121,7 @@ def run_server(args: argparse.Namespace) -> int:
         while not stop.is_set():
             started = clock.monotonic()
             code = sweep_once(addresses, settings, (clock, stop), output)
+            settings = replace(settings, create=False)  # one that has gone since is on a disk that is not there
             if args.keep and not stop.is_set():
                 code = worst_code(code, prune_store(args, (clock, stop), output))
             if args.once:
@@ -11054,7 +11130,7 @@ def run_server(args: argparse.Namespace) -> int:
             while not stop.is_set() and clock.monotonic() < started + args.every:
                 clock.sleep(min(0.2, max(0.0, started + args.every - clock.monotonic())))
     if not caught:
-        return code
+        return code or (BackupError.exit_code if output.unread else 0)
     return 0 if signal.SIGTERM in caught and not args.once else Interrupted.exit_code
 
 
@@ -11963,6 +12039,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         ("--json", "print one JSON object for each sweep"),
     ]
     add_switches(parser, switches)
+    no_create = "make no new store: one that is not there is on a disk that is not mounted"
+    parser.add_argument("--no-create", dest="create", action="store_false", help=no_create)
     no_latest = "keep no plain files of the newest version beside the packs"
     parser.add_argument("--no-latest", dest="latest", action="store_false", help=no_latest)
     add_words(parser, [KEY_FILE, ("--user", "NAME", "started by root: run as this user, who has the store"), LOG_FILE])

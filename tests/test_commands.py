@@ -487,7 +487,7 @@ def test_list_nodes_names_damaged_snapshot(history: World) -> None:
 @pytest.mark.parametrize("command", [["list"], ["cat", FOLDER, "f"], ["restore", FOLDER, "--to", "back"]])
 def test_store_missing(world: World, command: list[str]) -> None:
     done = world.run(*command, code=4)
-    assert done.stderr == "zbackup: backups is not a zbackup store: it has no zbackup.json\n"
+    assert done.stderr == "zbackup: backups is not a zbackup store: it has no zbackup.json; is its disk mounted?\n"
     assert not world.store.exists() and not (world.path / "back").exists()
 
 
@@ -913,7 +913,10 @@ def test_main_reads_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path
         assert zbackup.main(["list"]) == 4
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert capsys.readouterr().err == "zbackup: backups is not a zbackup store: it has no zbackup.json\n"
+    assert (
+        capsys.readouterr().err
+        == "zbackup: backups is not a zbackup store: it has no zbackup.json; is its disk mounted?\n"
+    )
 
 
 # ---- what argparse, Python and the clock do not expect ----

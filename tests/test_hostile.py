@@ -40,7 +40,7 @@ from attack import (
     swapped,
     watched,
 )
-from conftest import Process, World, uncovered, wait_until
+from conftest import FOLDER, Process, World, uncovered, wait_until
 from test_sweep import (
     CHANGED,
     FIRST,
@@ -1179,3 +1179,41 @@ def test_database_swapped_with_a_symlink_leads_nowhere(world: World, clients: Ca
         world.sweep("--checksum", "--tries", "2", "--pause", "1ms", code=None)
     assert count[0] > 500
     assert find_leaks(world, samples) == []
+
+
+LONG_ROOTS = """
+import sys, zbackup
+real = zbackup.Session._open
+
+def open_copy(self, message):
+    return {**real(self, message), "roots": ["\\x01" * 32768], "missing": ["\\x02" * 32768]}
+
+zbackup.Session._open = open_copy
+sys.exit(zbackup.main(sys.argv[1:]))
+"""
+
+
+def test_names_that_grow_when_they_are_shown(world: World) -> None:
+    """Of what a node serves: the snapshot can be read again, and nothing in the store is taken for damage."""
+    program = world.path / "long.py"
+    program.write_text(LONG_ROOTS)
+    (world.files / "a").write_text("a")
+    world.node(program=program)
+    world.sweep(code=1)
+    assert len(world.listed(FOLDER)) == 1
+    world.run("verify")
+    world.run("prune", "--keep", "last 1")
+
+
+def test_folder_of_the_index_is_not_to_be_had(world: World) -> None:
+    """A node that asks for the name of the index's journal would lock the store."""
+    (world.files / "a").write_text("a")
+    world.run("node", "--folder", "index.sqlite-journal", "--file", "files", code=2)
+    world.node("--folder", "laptop")
+    world.sweep()
+    os.rename(world.store / "laptop", world.store / "index.sqlite-journal")  # as an older version let it be
+    (world.store / "index.sqlite-wal").unlink(missing_ok=True)
+    done = world.run("list", code=4)
+    assert "index.sqlite-journal is a folder, which SQLite takes for its own: rename it" in done.stderr
+    os.rename(world.store / "index.sqlite-journal", world.store / "laptop")
+    world.run("verify")

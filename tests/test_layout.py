@@ -403,7 +403,7 @@ def find_default(text: str, flag: str) -> str:
 def test_settings_fields_are_flags() -> None:
     for settings, role in ((zbackup.ServerSettings, "server"), (zbackup.NodeSettings, "node")):
         text = get_help(role)
-        special = {"latest": "--no-latest", "files": "--file"}
+        special = {"latest": "--no-latest", "create": "--no-create", "files": "--file"}
         for field in fields_of(settings):
             flag = special.get(field.name, "--" + field.name.replace("_", "-"))
             assert re.search(rf"^  {flag}\b", text, re.M), f"{role} has no {flag}"

@@ -1711,8 +1711,7 @@ def alarm_of(before: Mapping[str, int], counts: Mapping[str, int], **receiver: i
     good = make(1, T0, totals=z.Totals(**before))
     tally = SimpleNamespace(counts={**vars(z.Totals()), **counts}, grades={"stable"})
     fields = SimpleNamespace(**{"scrambled": 0, "opaque": 0, **receiver})
-    pull = SimpleNamespace(intake=SimpleNamespace(tally=tally, receiver=fields))
-    return z.Pull.find_alarm(pull, good)  # type: ignore[arg-type]
+    return z.find_alarm(SimpleNamespace(tally=tally, receiver=fields), good)  # type: ignore[arg-type]
 
 
 def test_alarm_of_more_than_half() -> None:
@@ -1727,7 +1726,7 @@ def test_alarm_of_more_than_half() -> None:
     assert "6 of 10 files" in alarm_of(ten, {**ten, "deleted": 6}, opaque=6)
     assert "6 of 10 files" in alarm_of(ten, {**ten, "deleted": 6}, opaque=3, scrambled=3)
     assert alarm_of({"files": 0, "size": 0}, {"files": 0, "size": 0}) == ""
-    assert z.Pull.find_alarm(None, None) == ""  # type: ignore[arg-type]
+    assert z.find_alarm(None, None) == ""  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -2041,3 +2040,34 @@ def test_loose_patch_of_content_that_came_back_is_no_damage(world: World) -> Non
     restored = world.restore() / "files"
     assert (restored / "a").read_bytes() == back
     assert (restored / "b").read_bytes() == (world.files / "b").read_bytes()
+
+
+# ---- the alarm of a pull that was cut off ----
+
+
+def encrypt(world: World) -> None:
+    """Do to all files what ransomware does."""
+    for path in list(world.files.iterdir()):
+        path.with_name(path.name + ".locked").write_bytes(os.urandom(640_000))
+        path.unlink()
+
+
+@pytest.mark.parametrize("renamed", [True, False])
+def test_alarm_is_that_of_a_pull_that_was_not_cut_off(world: World, renamed: bool) -> None:
+    """What was counted before is not forgotten, nor counted twice."""
+    for number in range(40):
+        (world.files / f"d{number:02}.txt").write_text(f"line of text {number}\n" * 40_000)
+    world.node()
+    world.sweep("--pack-size", "2MiB")
+    encrypt(world)
+    if not renamed:
+        for path in world.files.iterdir():
+            path.rename(path.with_suffix(""))
+    for _ in range(2):
+        report = world.sweep("--pack-size", "2MiB", "--most-bytes", f"{9 << 20}", code=1)
+        assert "--most-bytes" in report["nodes"][0]["error"]
+    report = world.sweep("--pack-size", "2MiB", "--keep", "last 1", "--grace", "0s", code=1)
+    last = report["nodes"][0]["snapshot"]
+    assert "40 of 40 files became bytes that do not compress" in last["alarm"]
+    assert (last["scrambled"], last["deleted"]) == (40, 40 if renamed else 0)
+    assert [row["GRADE"] for row in world.listed(FOLDER)].count("stable") == 2

@@ -24,7 +24,7 @@ from typing import Any, Callable
 
 import pytest
 import zmq
-from conftest import AT_ONCE, PROGRAM, Process, World, path_before, wait_until
+from conftest import AT_ONCE, FOLDER, PROGRAM, Process, World, path_before, uncovered, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_wire import make_program
@@ -1445,3 +1445,99 @@ def test_node_finds_fault_with_a_file(world: World) -> None:
         snapshot = world.sweep(code=1)["nodes"][0]["snapshot"]
     assert (snapshot["grade"], snapshot["torn"]) == ("torn", 1)
     assert snapshot["problems"] == [{"path": "a", "message": "half of it is damaged"}]
+
+
+# ---- a server that runs for weeks ----
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+def test_schedule_makes_no_new_store_where_the_disk_went_away(small: World, keyed: bool) -> None:
+    """The mount point of a disk that is not mounted is an empty folder."""
+    small.run("key", "--store", "elsewhere")
+    small.node()
+    server = start_loop(small, *([] if keyed else ["--key-file", "elsewhere/keys/server"]))
+    wait_until(lambda: "1 of 1 copies good" in server.output, what="a good sweep")
+    small.store.rename(small.path / "away")
+    small.store.mkdir()
+    wait_until(lambda: "is not a zbackup store" in server.output, what="a sweep without the disk")
+    assert os.listdir(small.store) == [] and "is its disk mounted?" in server.output
+    small.store.rmdir()
+    (small.path / "away").rename(small.store)
+    before = server.output.count("1 of 1 copies good")
+    wait_until(lambda: server.output.count("1 of 1 copies good") > before, what="a good sweep again")
+    assert server.stop() == 0
+
+
+def test_sweep_that_may_make_no_store(small: World) -> None:
+    small.node()
+    done = small.run(*small.server_flags("--no-create"), code=4)
+    assert "it has no zbackup.json; is its disk mounted?" in done.stderr and not small.store.exists()
+    small.sweep()
+    small.sweep("--no-create")
+
+
+FAULT = """
+import errno, os, sys, zbackup
+name, path, most = sys.argv[1:4]
+count = 0
+
+def look(event, arguments):
+    global count
+    if event == name and os.fsdecode(arguments[0] or "") == path:
+        count += 1
+        if count == int(most):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+sys.addaudithook(look)
+sys.exit(zbackup.main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize("number", [2, 5])
+def test_schedule_goes_on_after_a_fault_of_the_disk(small: World, number: int) -> None:
+    """Of a call that no copy makes."""
+    small.node()
+    small.sweep()
+    flags = ["server", "--port", str(small.port), "--range", "9", "--every", "600ms", "--latest-jobs", "1"]
+    with open(small.path / "log", "wb") as log:
+        command = [sys.executable, "-c", FAULT, "os.listdir", "backups", str(number), *flags, "--keep", "last 1"]
+        server = subprocess.Popen(command, cwd=small.path, env=uncovered(small.env), stdout=log, stderr=log)
+    try:
+        read = (small.path / "log").read_text
+        wait_until(lambda: "Input/output error" in read(), what="the fault")
+        before = read().count("1 of 1 copies good")
+        wait_until(lambda: read().count("1 of 1 copies good") > before, what="a good sweep")
+    finally:
+        server.terminate()
+        assert server.wait(20) == 0
+    assert "Traceback" not in read() and "cut off: Input/output error" in read()
+
+
+def test_reports_that_cannot_be_written_end_no_copy(small: World) -> None:
+    small.node()
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(PROGRAM), *small.server_flags()]
+        done = subprocess.run(command, cwd=small.path, env=small.env, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1  # and not 0: who reads the reports must know that one is lacking
+    assert len(small.listed(FOLDER)) == 1
+
+
+def test_missing_node_that_was_seen_by_a_wrong_clock() -> None:
+    """Ten years ahead: it must not pass for one that was just here until then."""
+    known = [zbackup.Known(FOLDER, "0" * 32, addresses=(FOLDER,), last_seen=10 * 365 * 86400 * 10**9)]
+    silent = [zbackup.Probe(zbackup.Address(FOLDER, 4545), zbackup.SILENT, None, "")]
+    for day, code in ((1, 3), (3640, 3), (3648, 0), (3650, 0), (3652, 0), (3654, 3)):
+        (report,) = zbackup.report_missing(silent, [], known, (day * 86400 * 10**9, 3 * 86400.0))
+        assert report.exit_code == code, day
+        (line,) = zbackup.format_node(report) if report.missing else ("",)
+        assert ("the clock was wrong" in line) == (day < 3650)
+
+
+def test_signal_while_probing_blames_no_node(small: World) -> None:
+    """Those that were not asked yet may be there."""
+    with SilentAddresses(["127.0.0.9"], small.port):
+        server = small.server("--timeout", "15s")
+        wait_until(lambda: (small.store / "lock").exists(), what="the store")
+        time.sleep(0.3)
+        assert server.stop(signal.SIGINT) == 130
+    assert "no node answered" not in server.output

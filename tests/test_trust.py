@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -485,7 +486,13 @@ KEYS = [letter * 40 for letter in "abc"]
 @pytest.mark.parametrize(
     ("wish", "folder"),
     [("laptop", "laptop"), ("Laptop.2_x-y", "Laptop.2_x-y"), ("", "10.0.0.1"), ("10.0.0.9", "10.0.0.1")]
-    + [("::1", "10.0.0.1"), ("127.0.0.1", "10.0.0.1"), ("packs", "node-packs"), ("KEYS", "node-KEYS")]
+    + [
+        ("::1", "10.0.0.1"),
+        ("127.0.0.1", "10.0.0.1"),
+        ("packs", "node-packs"),
+        ("KEYS", "node-KEYS"),
+        ("index.sqlite-journal", "node-index.sqlite-journal"),
+    ]
     + [("../../etc", "node-..-..-etc"), (".hidden", "node-.hidden"), ("a b\x1b/é", "a-b---"), ("x" * 255, "x" * 100)],
 )
 def test_folder_wished_for(wish: str, folder: str) -> None:
@@ -695,3 +702,92 @@ def test_store_of_before_keys_is_left_as_its_owner_made_it(pinned: World) -> Non
     shutil.rmtree(pinned.store / "keys")
     pinned.key()
     assert pinned.store.stat().st_mode & 0o777 == 0o750
+
+
+# ---- what changes while a node waits for its turn ----
+
+
+@pytest.fixture
+def queued(small: World) -> Iterator[World]:
+    """A world in which the node at the second address waits until the file `slow` is gone."""
+    slow = small.path / "slow"
+    slow.touch()
+    small.keyed("--before", f"while [ -e {slow} ]; do sleep 0.1; done")
+    yield small
+    slow.unlink(missing_ok=True)
+
+
+def let_on(world: World, server: Process) -> None:
+    """Let the first node go on; waits for the end of the sweep."""
+    (world.path / "slow").unlink()
+    server.process.wait(20)
+
+
+def begin_sweep(world: World, *flags: str) -> Process:
+    """Start a sweep over both addresses; returns when the first node is being copied."""
+    server = world.server("--range", "9-10", "--jobs", "1", *flags)
+    wait_until(lambda: (world.store / FOLDER / "node.json").exists(), what="the first copy")
+    return server
+
+
+@pytest.mark.parametrize("command", ["trust", "forget"])
+def test_word_on_a_node_that_waits_for_its_turn_stands(queued: World, command: str) -> None:
+    queued.keyed(address=SECOND)
+    (queued.path / "slow").unlink()
+    queued.sweep("--range", "9-10")
+    (queued.path / "slow").touch()
+    (queued.store / FOLDER / "node.json").unlink()
+    server = begin_sweep(queued)
+    queued.run(command, SECOND, *([KEYS[0]] if command == "trust" else []))
+    let_on(queued, server)
+    row = next(row for row in queued.known() if row["NODE"] == SECOND)
+    assert (row["KEY"], row["NOTE"]) == ((KEYS[0], "") if command == "trust" else ("none", "forgotten"))
+    assert f"{SECOND}:{queued.port}: what is known of it has changed" in server.output
+    assert count_snapshots(queued)[SECOND] == 1
+
+
+def test_two_servers_do_not_mix_two_nodes(queued: World) -> None:
+    """Both new, with a wish for one name: a folder is of the one who came first."""
+    queued.keyed("--folder", "laptop", address=SECOND)
+    queued.keyed("--folder", "laptop", address="127.0.0.11")
+    server = begin_sweep(queued)
+    queued.sweep("--range", "11")
+    let_on(queued, server)
+    first = next(row for row in queued.known() if row["NODE"] == "laptop")
+    assert first["ADDRESSES"] == f"127.0.0.11:{queued.port}"
+    queued.sweep("--range", "9-11")
+    assert count_snapshots(queued) == {FOLDER: 2, SECOND: 1, "laptop": 2}
+
+
+def test_keyless_node_whose_address_another_one_takes_meanwhile(queued: World) -> None:
+    queued.nodes[-1].stop()
+    slow = queued.path / "slow"
+    queued.node("--before", f"while [ -e {slow} ]; do sleep 0.1; done")
+    second = queued.node("--state", "second", address=SECOND)
+    server = begin_sweep(queued)
+    second.stop()
+    queued.node("--state", "third", address=SECOND)
+    let_on(queued, server)
+    assert "another node has its address by now; the next sweep copies it" in server.output
+    assert count_snapshots(queued)[FOLDER] == 1 and not list((queued.store / SECOND / "snapshots").iterdir())
+
+
+def test_plan_gives_each_node_a_folder_of_its_own() -> None:
+    """Also where the short forms of their names are the same."""
+    probes = [make_probe(make_hello("deadbeef" + letter * 24)) for letter in "0123"]
+    targets, refused = z.plan_targets(probes, [])
+    assert [target.folder for target in targets] == [
+        "10.0.0.1",
+        *("10.0.0.1-deadbeef" + end for end in ("", "-2", "-3")),
+    ]
+
+
+def test_node_at_very_many_addresses(small: World) -> None:
+    """As behind a translator of addresses; the store can read what it has written."""
+    folder = z.open_store(str(small.store), create=True).node(FOLDER)
+    folder.make()
+    hello, clock = make_hello("0" * 32), z.Clock(time.time_ns, time.monotonic, time.sleep)
+    target = z.Target(hello, tuple(z.Address(f"10.0.{i >> 8}.{i & 255}", 4545) for i in range(5000)), FOLDER)
+    copier = z.Copier(None, SimpleNamespace(clock=clock), z.ServerSettings(), lambda *a: ())  # type: ignore[arg-type]
+    copier._save_known(target, folder)
+    assert len(folder.load_known().addresses) == z.ADDRESSES_KEPT
