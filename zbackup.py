@@ -8702,6 +8702,7 @@ def sweep(copier: Copier, addresses: Sequence[Address], events: Events) -> Sweep
 
 PUBLISH_FILES = 4096  # files written under temporary names before they are synced together
 PUBLISH_BYTES = 64 << 20
+MOST_WORKERS = 64  # processes that may be asked for
 MOST_WRITERS = 4  # processes that write files, unless a flag says more; no more than there are processors
 PART_CHUNKS = 16  # of a file, written by one process; a larger one is shared out
 BATCH_FILES = 128  # made by one process at once, the places of their chunks looked up together
@@ -10524,6 +10525,13 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_workers(text: str) -> int:
+    """Return how many processes are to work side by side: each takes some 30 MB, and a few descriptors."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not 0 < int(text) <= MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes from 1 to {MOST_WORKERS}")
+    return int(text)
+
+
 def parse_keep(text: str) -> tuple[Rule, ...]:
     """Return the rules in `last 3, daily 7, weekly all`."""
     rules: list[Rule] = []
@@ -11827,6 +11835,7 @@ METAVARS: dict[Any, str] = {
     parse_span: "SPAN",
     parse_size: "SIZE",
     parse_count: "N",
+    parse_workers: "N",
     parse_level: "N",
     parse_port: "PORT",
 }
@@ -12027,7 +12036,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         ("--every", parse_span, EVERY, "time from the start of one sweep to the next"),
         ("--timeout", parse_span, HELLO_TIMEOUT, "how long an address may take to say that it is alive"),
         ("--jobs", parse_count, JOBS, "nodes copied at once"),
-        ("--latest-jobs", parse_count, count_processors(), "processes that write `latest` side by side"),
+        ("--latest-jobs", parse_workers, count_processors(), "processes that write `latest` side by side"),
         ("--stale", parse_span, STALE, "how long a known node may be missing before the exit code is 3"),
     ]
     add_values(parser, values)
@@ -12119,7 +12128,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--quiet", "print problems only"),
     ]
     add_switches(command, switches)
-    add_values(command, [("--jobs", parse_count, count_processors(), "processes that write files side by side")])
+    add_values(command, [("--jobs", parse_workers, count_processors(), "processes that write files side by side")])
     command = add("cat", run_cat, "Write one file of a node to standard output.")
     add_version_flags(command)
     command.add_argument("path", metavar="PATH", help="the file")
