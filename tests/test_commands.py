@@ -259,7 +259,10 @@ WRONG = {
     "bad span": (["server", "--range", "9", "--every", "often"], "'often' is not a span of time"),
     "bad size": (["server", "--range", "9", "--window", "big"], "'big' is not a size"),
     "bad level": (["node", "--level", "99"], "'99' is not a level from 1 to 19"),
-    "bad processes": (["restore", FOLDER, "--to", "x", "--jobs", "65"], "'65' is not a number of processes from 1 to 64"),
+    "bad processes": (
+        ["restore", FOLDER, "--to", "x", "--jobs", "65"],
+        "'65' is not a number of processes from 1 to 64",
+    ),
     "node with port name": (["node", "--port", "http"], "'http' is not a port"),
     "log file": (["server", "--range", "9", "--log-file", "no/such/folder/log"], "--log-file no/such/folder/log: No"),
     "log file of node": (["node", "--log-file", "."], "--log-file .: Is a directory"),
