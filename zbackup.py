@@ -1762,6 +1762,16 @@ class Folders:
         os.close(self.root)
 
 
+@contextlib.contextmanager
+def unless_hidden() -> Iterator[None]:
+    """Go on where extended attributes are not there or not to be seen."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES, errno.ENOENT):
+            raise
+
+
 def list_xattrs(target: int | str) -> dict[str, str]:
     """Return the extended attributes of a descriptor or of a path not followed, base64.
 
@@ -1771,16 +1781,12 @@ def list_xattrs(target: int | str) -> dict[str, str]:
         return {}
     follow = isinstance(target, int)
     found, total = {}, 0
-    try:
+    with unless_hidden():
         for name in sorted(os.listxattr(target, follow_symlinks=follow)):
-            with contextlib.suppress(FileNotFoundError):
+            with unless_hidden():  # one that has gone meanwhile says nothing of the next ones
                 value = os.getxattr(target, name, follow_symlinks=follow)
                 found[name] = base64.b64encode(value).decode("ascii")
                 total += len(name) + len(value)
-    except OSError as error:
-        if error.errno in (errno.ENOTSUP, errno.ENODATA, errno.EPERM, errno.EACCES, errno.ENOENT):
-            return found
-        raise
     if total > XATTR_LIMIT // 2:
         raise OSError(errno.E2BIG, f"extended attributes of {total} bytes")
     return found
@@ -2905,7 +2911,8 @@ class Index:
         try:
             yield
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # SQLite has ended it itself where the disk is full
+                self._connection.execute("ROLLBACK")
             raise
         self._connection.execute("COMMIT")
 
@@ -3161,6 +3168,8 @@ class PackWriter:
 
     def seal(self) -> None:
         """Make all that was put durable and known to the index, in this order (I2)."""
+        if self._failure:  # what was put is lost, perhaps while a chunk was looked for, which told nobody
+            raise self._failure
         self.flush()
         if self.fd < 0:
             return
@@ -3399,17 +3408,19 @@ class Reader:
             if digest_pages(self._join_pages(runs)) == digest:
                 return True
             return digest_pages(hash_pages(self._assemble(runs, self._sound))) == digest
+        except FullStore:
+            raise
         except (StoreError, FormatError):
             return False
 
     def has(self, digest: bytes) -> bool:
         """Tell whether a chunk that was lost can be read again; one that cannot is to be stored anew.
 
-        Raises CodecMissing where this Python cannot tell.
+        Raises CodecMissing where this Python cannot tell, FullStore where the pack in the making cannot be written.
         """
         try:
             self.get(digest)
-        except CodecMissing:
+        except (CodecMissing, FullStore):
             raise
         except (StoreError, FormatError):
             return False
@@ -3500,6 +3511,7 @@ def list_entries(reader: Reader, blocks: Iterable[bytes], on_damage: OnDamage | 
 
 
 HEX_DIGEST = re.compile(rb'(?<=")[0-9a-f]{64}(?=")')
+NAMED_DIGEST = re.compile(rb'(?<=[\[,]")[0-9a-f]{64}(?="[\],])')  # in a list: not what an attribute's name or value is
 
 
 def load_chunk_list(reader: Reader, digest: bytes) -> tuple[bytes | int, ...]:
@@ -3522,7 +3534,7 @@ def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
 
 def list_named(read: bytes) -> list[bytes]:
     """Return all digests in the content's half of an entry, not decoded: also what only looks like one."""
-    return [bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(read)]
+    return [bytes.fromhex(text.decode()) for text in NAMED_DIGEST.findall(read)]
 
 
 def list_lacking(reader: Reader, blocks: Iterator[Block]) -> Iterator[tuple[Block, Set[int]]]:

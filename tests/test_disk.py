@@ -457,3 +457,15 @@ def test_syncing_without_another_thread(tmp_path: Path, monkeypatch: pytest.Monk
     syncing.join()
     with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
         syncing.wait()
+
+
+@pytest.mark.parametrize("number", [errno.ENODATA, errno.EACCES, errno.ENOENT])
+def test_xattr_that_has_gone_does_not_hide_the_next_one(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def get(target: object, name: str, **options: object) -> bytes:
+        if name == "user.b":
+            raise OSError(number, os.strerror(number))
+        return name.encode()
+
+    monkeypatch.setattr(os, "listxattr", lambda *a, **o: ["user.c", "user.b", "user.a"])
+    monkeypatch.setattr(os, "getxattr", get)
+    assert list(z.list_xattrs("any")) == ["user.a", "user.c"]

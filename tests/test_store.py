@@ -1397,3 +1397,72 @@ def test_reader_keeps_the_tables_of_a_bounded_number_of_rows(path: str, monkeypa
     with contextlib.closing(z.open_store(path)) as store, contextlib.closing(store.reader()) as reader:
         assert [reader.get(digest) for digest in digests] == chunks
         assert 0 < sum(len(record.rows) for record in reader._records.values()) <= 3
+
+
+# ---- what was put, and is lost, is not known ----
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_pack_that_was_lost_unheard_is_not_sealed(
+    store: z.Store, writer: z.PackWriter, reader: z.Reader, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Looking for a chunk writes it; where the disk refuses that, nothing that waits may count as durable."""
+    reader.open_pack = writer
+    digest = writer.put_chunk(b"a chunk")
+    monkeypatch.setattr(z, "write_all", failing(number))
+    if number == errno.ENOSPC:  # the same for every chunk: not a fault of this one
+        with pytest.raises(z.FullStore):
+            reader.has(digest)
+    else:
+        assert not reader.has(digest)
+    monkeypatch.undo()
+    with pytest.raises(z.StoreError):
+        writer.seal()
+    assert not store.index.find([digest]) and not packs_of(store.path)
+
+
+def test_full_disk_while_a_patch_is_compared_is_told(
+    writer: z.PackWriter, reader: z.Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader.open_pack = writer
+    base = writer.put_chunk(noise(z.CHUNK))
+    writer.put_chunk(b"waits")
+    monkeypatch.setattr(z, "write_all", failing(errno.ENOSPC))
+    with pytest.raises(z.FullStore):
+        reader.gives(bytes(32), [z.Run(base, 0, z.PAGE), z.Run(digest_of(b"waits"), 0, 5)])
+
+
+def test_index_on_a_disk_that_gets_full_says_so(store: z.Store) -> None:
+    """SQLite has ended the transaction then, and what it says of that is not what went wrong."""
+    pages = store.index._connection.execute("PRAGMA page_count").fetchone()[0]
+    store.index._connection.execute(f"PRAGMA max_page_count = {pages + 2}")
+    rows = [(hashlib.sha256(b"%d" % number).digest(), number, 0) for number in range(20_000)]
+    with pytest.raises(z.StoreError, match="full"):
+        store.index.put_pack("0" * 64, rows)
+    assert not store.index._connection.in_transaction
+
+
+# ---- what only looks like a digest ----
+
+
+def test_attributes_that_look_like_digests_name_nothing() -> None:
+    """Anybody can give a file of his such ones."""
+    digests = tuple(digest_of(bytes([number])) for number in range(3))
+    fake = digest_of(b"fake").hex()
+    for lists in ((), digests[1:]):
+        content = z.Content(3 << 20, digests[:1], lists, xattrs={fake: fake, f"user.[{fake}]": fake, "user.z": fake})
+        assert z.list_named(z.encode_content(content)) == [*digests[:1], *lists]
+
+
+def test_attributes_that_look_like_digests_are_no_damage(path: str, store: z.Store, writer: z.PackWriter) -> None:
+    fake = digest_of(b"fake").hex()
+    content = z.Content(5, (writer.put_chunk(b"12345"),), (), "stable", xattrs={"user.note": fake})
+    blocks = z.BlockWriter(writer)
+    blocks.put(z.Entry(z.encode_stat(z.Stat(b"a", "file", size=5)), z.encode_content(content)))
+    digests = blocks.close()
+    writer.seal()
+    folder = store.node("here")
+    folder.make()
+    folder.save_known(z.Known("here", "0" * 32))
+    folder.save_snapshot(z.replace(SNAPSHOT, blocks=digests, grade="stable"))
+    assert z.main(["verify", "--store", path]) == 0
