@@ -279,6 +279,11 @@ def explain(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+def explain_at(error: OSError) -> str:
+    """Return the same with the path that it is about, where it names one."""
+    return f"{show(error.filename)}: {explain(error)}" if isinstance(error.filename, (str, bytes)) else explain(error)
+
+
 def explain_fault(error: Exception) -> str:
     """Return a sentence about an error that nobody foresaw: where it was, for the report of a bug."""
     frame = error.__traceback__
@@ -1131,12 +1136,14 @@ def decode_patch(data: bytes) -> tuple[Run, ...]:
     try:
         count, total = PATCH_HEAD.unpack_from(data)
         start = PATCH_HEAD.size + count * DIGEST
+        if total > CHUNK // 16 or len(data) != start + total * PATCH_RUN.size:  # before any is made
+            raise FormatError("a patch is longer or shorter than it says")
         sources = [data[i : i + DIGEST] for i in range(PATCH_HEAD.size, start, DIGEST)]
         runs = tuple(Run(sources[i], offset, length) for i, offset, length in PATCH_RUN.iter_unpack(data[start:]))
     except (struct.error, IndexError):
         raise FormatError("a patch is cut off or names a source that it has not") from None
-    if len(data) < start or len(runs) != total or sum(run.length for run in runs) > CHUNK:
-        raise FormatError("a patch is longer or shorter than it says")
+    if sum(run.length for run in runs) > CHUNK:
+        raise FormatError("a patch is longer than a chunk")
     return runs
 
 
@@ -1254,7 +1261,7 @@ def decode_snapshot(data: bytes, folder: str, name: str) -> Snapshot:
 
 def worst_grade(grades: Iterable[str]) -> str:
     """Return the grade of a whole whose parts have `grades`."""
-    return min((grade for grade in grades if grade), key=SNAPSHOT_GRADES.index, default="stable")
+    return min((grade for grade in grades if grade in SNAPSHOT_GRADES), key=SNAPSHOT_GRADES.index, default="stable")
 
 
 # ---- addresses and nodes ----
@@ -1462,15 +1469,16 @@ def make_folder(path: str) -> None:
     sync_folder(above)
 
 
-def lock_file(path: str, shared: bool) -> int:
+def lock_file(path: str, shared: bool, create: bool = True) -> int:
     """Return a descriptor that holds a lock on `path` until it is closed, or its process dies.
 
-    Raises BlockingIOError when another process holds a lock that excludes this one.
+    With `create` it is made where it is not there.  Raises BlockingIOError when another process holds a lock that
+    excludes this one.
     """
     import fcntl
 
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        fd = os.open(path, os.O_RDWR | create * os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES) or not os.path.exists(path):
             raise
@@ -4250,19 +4258,19 @@ class Leftovers:
 def plan_leftovers(store: Store) -> Leftovers:
     """Return the unfinished packs and other files whose writers are gone."""
     folders = [store.path, store.packs, store.damage, store.aside]
-    keys = os.path.join(store.path, "keys")
-    if os.access(keys, os.R_OK):  # it may be another user's, which keeps nobody from pruning
-        folders.append(keys)
+    folders.append(os.path.join(store.path, "keys"))
     for name in os.listdir(store.path):
         node = store.node(name)
         if os.path.isdir(node.snapshots):
             folders += [node.path, node.snapshots, node.trash]
     found = []
     for folder in filter(os.path.isdir, folders):
+        if not os.access(folder, os.R_OK):
+            continue  # it is another user's, which keeps nobody from pruning
         for entry in os.scandir(folder):
             if entry.name.startswith((INCOMING, TEMPORARY)) and entry.is_file(follow_symlinks=False):
                 with contextlib.suppress(OSError):
-                    os.close(lock_file(entry.path, shared=False))
+                    os.close(lock_file(entry.path, shared=False, create=False))
                     found.append(entry.path)
     return Leftovers(tuple(sorted(found)))
 
@@ -4271,7 +4279,7 @@ def execute_leftovers(plan: Leftovers) -> None:
     """Remove them, unless they came to life."""
     for path in plan.paths:
         with contextlib.suppress(OSError):
-            fd = lock_file(path, shared=False)
+            fd = lock_file(path, shared=False, create=False)
             try:
                 os.unlink(path)
             finally:
@@ -4488,8 +4496,8 @@ class Mark:
         try:
             return read(digest)
         except (StoreError, FormatError):
-            if digest in self.store.lost.digests:
-                return ()
+            if digest in self.store.lost.digests and not self.reader.index.find([digest]):
+                return ()  # it is lost, as `repair` has told; one that a sweep has brought back must be read
             raise
 
     def put_progress(self, name: str) -> None:
@@ -4551,7 +4559,6 @@ def _mark_history(mark: Mark, history: History, kept: Iterable[Choice], expired:
     for trashed in history.trash:
         if trashed not in expired:
             mark.put_blocks(trashed.snapshot.blocks)
-    mark.put_progress(history.node)
 
 
 def plan_prune(mark: Mark, rules: Sequence[Rule], when: tuple[int, int], max_repack: int) -> PrunePlan:
@@ -4573,6 +4580,8 @@ def plan_prune(mark: Mark, rules: Sequence[Rule], when: tuple[int, int], max_rep
     try:
         for history in histories:
             _mark_history(mark, history, [c for c in choices[history.node] if c.keep or plan.to_trash], expired)
+        for history in histories:  # last: what cannot be read there is passed over, and then taken for read
+            mark.put_progress(history.node)
         mark.put_sources(packs)
         uses = [mark.measure(name, path) for name, path in sorted(packs.items())]
     except (StoreError, FormatError, OSError) as error:
@@ -4935,7 +4944,9 @@ class Harm(TemporaryTable):
             self.execute("INSERT INTO paths VALUES (?, ?)", (block, b""))
             entries = []
         for entry in entries:
-            failed = b'"error"' in entry.line or b'"error"' in entry.read
+            failed = (b'"error"' in entry.line and entry.stat.error) or (
+                b'"error"' in entry.read and entry.content.error
+            )
             grade = GRADE_TOLD.search(entry.read)
             grades.append("partial" if failed else grade[1].decode() if grade else "")
             missing = self._find_missing(list_named(entry.read))
@@ -4954,6 +4965,8 @@ class Harm(TemporaryTable):
             try:
                 chunks = load_chunk_list(self.reader, digest)
                 missing |= self._find_missing([chunk for chunk in chunks if isinstance(chunk, bytes)])
+            except CodecMissing as error:
+                note_once(self.problems, str(error))
             except (StoreError, FormatError):
                 missing.add(digest)
         return missing
@@ -5060,7 +5073,8 @@ def verify_packs(store: Store, harm: Harm, options: VerifyOptions) -> tuple[list
     """Read packs; returns those that do not give all they hold, and how many and how many bytes were read."""
     # All that is read must be known: a patch draws from chunks of its own pack, which may be sealed just now.
     packs, times = store.load_index(), load_times(store, VERIFIED)
-    checks = plan_checks(packs, times, options.share)
+    past = {name: moment for name, moment in times.items() if moment <= options.now}  # else a clock was wrong
+    checks = plan_checks(packs, past, options.share)
     total, done, count = sum(size for _, size in checks), 0, 0
     bad: list[PackCheck] = []
     try:
@@ -5297,8 +5311,11 @@ def salvage_snapshot(reader: Reader, folder: NodeFolder, path: str) -> Snapshot 
     name = os.path.basename(path)[: -len(".json")]
     with contextlib.suppress(FormatError):
         name = name_time(parse_time(name))  # without the -2 of an earlier repair
-    with open(path, "rb") as file:
-        data = file.read()
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:  # that may pass: put aside, it would no longer keep what it names
+        raise StoreError(f"{show(path)} cannot be read: {explain(error)}") from None
     listed = HEX_BLOCKS.search(data)
     blocks = [bytes.fromhex(text.decode()) for text in HEX_DIGEST.findall(listed[1] if listed else data)]
     there = reader.index.find(blocks)
@@ -11075,7 +11092,7 @@ def sweep_once(addresses: Sequence[Address], settings: ServerSettings, running: 
             output.warn(f"zbackup: {error}")
             return error.exit_code
         except OSError as error:
-            output.warn(f"zbackup: this sweep was cut off: {explain(error)}")
+            output.warn(f"zbackup: this sweep was cut off: {explain_at(error)}")
             return StoreError.exit_code
 
 
@@ -11116,7 +11133,7 @@ def prune_store(args: argparse.Namespace, running: Running, output: Output, dry_
         output.warn(f"zbackup: not pruned: {error}")
         return error.exit_code
     except OSError as error:
-        output.warn(f"zbackup: pruning was cut off: {explain(error)}")
+        output.warn(f"zbackup: pruning was cut off: {explain_at(error)}")
         return StoreError.exit_code
     finally:
         store.close()
@@ -12206,7 +12223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         # BrokenPipeError: the reader of our output went away, as `head` does; nothing to say.
         if not isinstance(error, BrokenPipeError):
-            print(f"zbackup: {explain(error)}", file=sys.stderr)
+            print(f"zbackup: {explain_at(error)}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer goes nowhere
         return BackupError.exit_code
 

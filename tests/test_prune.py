@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import io
 import json
 import os
@@ -2071,3 +2072,98 @@ def test_alarm_is_that_of_a_pull_that_was_not_cut_off(world: World, renamed: boo
     assert "40 of 40 files became bytes that do not compress" in last["alarm"]
     assert (last["scrambled"], last["deleted"]) == (40, 40 if renamed else 0)
     assert [row["GRADE"] for row in world.listed(FOLDER)].count("stable") == 2
+
+
+# ---- what cannot be read for a moment ----
+
+
+def find_block(store: z.Store, node: str) -> tuple[Path, int]:
+    """Return the pack of the first block of a node's newest snapshot, and the middle of its record."""
+    block = store.node(node).list_snapshots()[-1].blocks[0]
+    place = store.index.find([block])[block]
+    pack = Path(store.packs, place.pack[:2], f"{place.pack}.pack")
+    with open(pack, "rb") as file:
+        record = z.load_record(file.fileno(), place.record)
+    return pack, record.data_offset + record.stored // 2
+
+
+def flip(where: tuple[Path, int]) -> None:
+    """Damage a byte, or mend it."""
+    pack, at = where
+    data = bytearray(pack.read_bytes())
+    data[at] ^= 0xFF
+    pack.write_bytes(data)
+
+
+@pytest.fixture
+def large(world: World) -> World:
+    """Nodes at two addresses with the same three files, copied once."""
+    for number in range(3):
+        (world.files / f"big{number}").write_bytes(os.urandom(MIB))
+        os.utime(world.files / f"big{number}", (1, 1))
+    world.node("--margin", "0s")
+    world.node("--margin", "0s", address="127.0.0.10")
+    world.sweep("--range", "9-10", "--no-latest", "--pack-size", "1M")
+    return world
+
+
+def test_prune_reads_what_was_lost_and_is_back(large: World) -> None:
+    """Until the next verify it still counts as lost: that it cannot be read must end the prune all the same."""
+    with contextlib.closing(z.open_store(str(large.store))) as store:
+        flip(find_block(store, FOLDER))
+    large.run("repair")
+    large.sweep("--range", "9-10", "--no-latest", "--pack-size", "1M", code=None)
+    with contextlib.closing(z.open_store(str(large.store))) as store:
+        assert store.lost.digests
+        where = find_block(store, FOLDER)
+    flip(where)
+    assert "nothing is removed while the store is damaged" in large.run("prune", "--grace", "0s", code=4).stderr
+    flip(where)
+    large.run("verify")
+    assert len(list(large.restore().rglob("big*"))) == 3
+
+
+def test_progress_of_one_node_hides_nothing_of_another(large: World) -> None:
+    """It may be passed over where it cannot be read; a snapshot that names the same block may not."""
+    with contextlib.closing(z.open_store(str(large.store))) as store:
+        first, second = (store.node(name).list_snapshots()[-1] for name in ("127.0.0.10", FOLDER))
+        assert first.blocks == second.blocks
+        store.node(first.folder).save_progress(z.Progress(blocks=first.blocks))
+        (large.store / first.folder / "snapshots" / f"{first.name}.json").unlink()
+        where = find_block(store, FOLDER)
+    flip(where)
+    assert "nothing is removed while the store is damaged" in large.run("prune", "--grace", "0s", code=4).stderr
+    flip(where)
+    large.run("verify")
+
+
+def test_leftovers_that_are_gone_or_of_another_user(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.save({"a": b"a"})
+    gone, kept = (shop.path / "packs" / f"{z.INCOMING}{number}" for number in range(2))
+    gone.touch()
+    kept.touch()
+    real = z.lock_file
+
+    def lock(path: str, *arguments: Any, **options: Any) -> int:
+        gone.unlink(missing_ok=True)  # sealed just now
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(z, "lock_file", lock)
+    with shop.open() as store:
+        trash = store.node("here").trash
+        os.makedirs(trash)
+        monkeypatch.setattr(os, "access", lambda path, mode: path != trash)
+        monkeypatch.setattr(os, "scandir", guard(os.scandir, trash))
+        assert z.plan_leftovers(store).paths == (str(kept),)
+    assert not gone.exists()
+
+
+def guard(real: Callable[..., Any], closed: str) -> Callable[..., Any]:
+    """Return a call that may not list one folder."""
+
+    def scan(path: Any) -> Any:
+        if path == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    return scan

@@ -874,3 +874,18 @@ def test_explain_fault_names_where_it_was() -> None:
     number = int(z.explain_fault(raised).partition("at line ")[2].partition(":")[0])
     assert ".index" in Path(z.__file__).read_text().splitlines()[number - 1]
     assert "at line 0" in z.explain_fault(ValueError("never raised"))
+
+
+def test_patch_that_says_it_has_millions_of_runs() -> None:
+    """Refused before one of them is made."""
+    many = z.PATCH_HEAD.pack(1, 6_000_000) + bytes(32) + bytes(6_000_000 * z.PATCH_RUN.size)
+    tracemalloc.start()
+    with pytest.raises(z.FormatError, match="longer or shorter"):
+        z.decode_patch(many)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < z.CHUNK
+
+
+def test_grade_that_is_none_counts_for_nothing() -> None:
+    assert z.worst_grade(["stable", "R2l2ZW4=", ""]) == "stable"

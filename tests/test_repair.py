@@ -703,3 +703,14 @@ def test_repair_of_a_node_that_is_called_latest(world: World) -> None:
     world.run("verify", code=4)
     world.run("repair")
     world.run("verify")
+
+
+def test_snapshot_that_the_disk_does_not_give_is_not_put_aside(world: World) -> None:
+    """It may give it tomorrow; until then it keeps what it names, and the sentence says which file it is."""
+    make_snapshot(world.store, [(describe("a"), b"content")])
+    (path,) = (world.store / FOLDER / "snapshots").iterdir()
+    with contextlib.closing(z.open_store(str(world.store))) as store, contextlib.closing(store.reader()) as reader:
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(z.StoreError, match=re.escape(f"{path} cannot be read: Is a directory")):
+            z.salvage_snapshot(reader, store.node(FOLDER), str(path))

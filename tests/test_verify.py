@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FOLDER, PROGRAM, World, held, make_database, wait_until
+from conftest import FOLDER, PROGRAM, World, held, make_database, uncovered, wait_until
 
 import zbackup as z
 
@@ -877,3 +877,57 @@ def test_row_that_bears_the_digest_of_another_is_found(tmp_path: Path) -> None:
     found = z.verify_pack(reader, name, str(path))
     assert (found.problem, found.bad) == ("it holds what it should not", (digest,))
     reader.close()
+
+
+# ---- what only looks like damage ----
+
+
+def test_names_that_look_like_words_of_the_format(world: World) -> None:
+    """A symlink to `error`, beside what an error is called."""
+    (world.files / "a").write_text("a")
+    os.symlink("error", world.files / "last")
+    world.node()
+    world.sweep()
+    assert world.run("verify").stdout.endswith("verify: all is well\n")
+
+
+def test_pack_that_was_read_in_the_future_is_read_again(small: World) -> None:
+    """A clock that was ahead must not spare it for years."""
+    packs = {pack.stem: str(pack) for pack in find_packs(small.store)}
+    with contextlib.closing(z.open_store(str(small.store))) as store:
+        first = min(packs)
+        now = time.time_ns()
+        z.save_times(store, z.VERIFIED, {name: now + 10**18 if name == first else now for name in packs})
+    code, report = verify(small.store, "--sample", "0.1%")
+    assert (code, report["checked"]) == (0, 1)
+    with contextlib.closing(z.open_store(str(small.store))) as store:
+        assert z.load_times(store, z.VERIFIED)[first] < now + 10**12
+
+
+BARE = """
+import sys, zbackup
+zbackup.load_zstd = lambda: None
+sys.exit(zbackup.main(sys.argv[1:]))
+"""
+
+
+def test_lists_that_this_python_cannot_read_are_not_lost(world: World) -> None:
+    with open(world.files / "big", "wb") as file:
+        file.write(os.urandom(100))
+        file.truncate((1 << 30) + z.CHUNK)
+    world.node()
+    world.sweep("--no-latest")
+    with contextlib.closing(z.open_store(str(world.store))) as store, contextlib.closing(store.reader()) as reader:
+        (entry,) = (e for e in z.list_entries(reader, store.node(FOLDER).list_snapshots()[0].blocks) if e.content.size)
+        assert entry.content.lists
+    other = world.path / "other"  # of another node, whose entries this Python can read
+    other.mkdir()
+    os.link(world.files / "big", other / "big")
+    world.node("--file", "other", address="127.0.0.10")
+    flags = world.server_flags("--no-latest", "--range", "10")
+    for arguments, code in ((flags, 0), (["verify"], 4)):
+        command = [sys.executable, "-c", BARE, *arguments]
+        done = subprocess.run(command, cwd=world.path, env=uncovered(world.env), capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "lost:" not in done.stderr and "zstd" in done.stderr
+    assert world.run("verify").stdout.endswith("verify: all is well\n")
