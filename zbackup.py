@@ -279,11 +279,6 @@ def explain(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
-def explain_at(error: OSError) -> str:
-    """Return the same with the path that it is about, where it names one."""
-    return f"{show(error.filename)}: {explain(error)}" if isinstance(error.filename, (str, bytes)) else explain(error)
-
-
 def explain_fault(error: Exception) -> str:
     """Return a sentence about an error that nobody foresaw: where it was, for the report of a bug."""
     frame = error.__traceback__
@@ -320,6 +315,11 @@ def show(text: str | bytes) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def explain_at(error: OSError) -> str:
+    """Return the same with the path that it is about, where it names one."""
+    return f"{show(error.filename)}: {explain(error)}" if isinstance(error.filename, (str, bytes)) else explain(error)
 
 
 def format_size(size: int) -> str:
@@ -5418,6 +5418,9 @@ COMPANIONS = (b"-wal", b"-shm", b"-journal")  # of a database; its frozen copy h
 ZEROS = bytes(CHUNK)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)  # of what was deleted, moved or replaced
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # a flood of connections has them; it passes
+MAPPED = 60.0  # s; a younger file may have pages that a shared map has written and the disk has not
+GRAIN = 0.02  # s; file times are set in steps: of 4 ms (or 10) by kernels before 6.13
+COARSE_GRAIN = 2.0  # s; the same of filesystems whose times are whole seconds: ext3, FAT
 PATIENCE = 6  # tries, each after twice the pause of the last: more than --handshake-timeout in all
 KIND_OF = {bits: kind for kind, bits in KIND_BITS.items()}
 NEARLY = 4  # of a chunk, a fourth of the pages: with no more changed it is nearly what it was
@@ -5828,7 +5831,9 @@ def _look(source: Source, path: bytes, tries: int = PATIENCE) -> tuple[Stat | No
         if error.errno in NO_DESCRIPTORS and tries:
             source.clock.sleep(PAUSE * 2 ** (PATIENCE - tries))
             return _look(source, path, tries - 1)
-        if error.errno == errno.ENOENT or not path:
+        if not path:
+            raise NodeError(f"/ cannot be listed: {explain(error)}") from None
+        if error.errno == errno.ENOENT:
             return None, []
         return (stat or Stat(path, "file"))._replace(error=explain(error)), []
 
@@ -6172,6 +6177,46 @@ def compare_pages(pages: bytes, base: bytes, length: int, part: int = 2) -> list
 DAMAGED = "SQLite finds damage in the database"
 
 
+class Settler:
+    """Sees to it that a change of a file which is about to be read will show in its times (I8)."""
+
+    ALONE = 64  # files that are synced one by one; beyond them their filesystem is, once
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._synced: dict[int, int] = {}  # when each device was (ns)
+        self._alone = 0  # files
+
+    def settle(self, fd: int, found: os.stat_result) -> os.stat_result:
+        """Return the stat of an open file from when on a change of it shows in its times.
+
+        Within their grain a second change does not; one that is written without a pause is not waited for.
+        """
+        for _ in range(4):
+            self._sync(fd, found)
+            found = os.fstat(fd)
+            newest = max(found.st_mtime_ns, found.st_ctime_ns)
+            grain = GRAIN if newest % 10**9 else COARSE_GRAIN
+            if not 0 <= self._clock.now() - newest < grain * 1e9:
+                break
+            self._clock.sleep(grain)
+            found = os.fstat(fd)
+        return found
+
+    def _sync(self, fd: int, found: os.stat_result) -> None:
+        """Write what a file has got through a shared map: a store into a page that is not clean sets no time."""
+        newest, now = max(found.st_mtime_ns, found.st_ctime_ns), self._clock.now()
+        if now - newest >= MAPPED * 1e9 or newest < self._synced.get(found.st_dev, 0) - COARSE_GRAIN * 1e9:
+            return
+        self._alone += 1
+        with contextlib.suppress(OSError):  # of a disk that cannot be written nothing is mapped
+            if self._alone > self.ALONE and found.st_dev not in self._synced:
+                sync_filesystem(fd)
+                self._synced[found.st_dev] = now
+            else:
+                os.fdatasync(fd)
+
+
 class Files:
     """The files that one session reads; keeps the last ones open between two questions."""
 
@@ -6181,6 +6226,7 @@ class Files:
         self.source = source
         self._handles: OrderedDict[bytes, Handle] = OrderedDict()
         self._cannot_clone: set[int] = set()  # devices
+        self._settler = Settler(source.clock)
 
     def close(self) -> None:
         """Close all files; frozen copies go with their last descriptor."""
@@ -6227,6 +6273,7 @@ class Files:
             found = os.fstat(fd)
             if not stat_bits.S_ISREG(found.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "no longer a file")
+            found = self._settler.settle(fd, found)
             if stat.state != list_state(found):
                 stat = self.source.stat(stat.path, found)
             handle = Handle(stat.path, fd, stat, found.st_size, "stable", list_xattrs(fd))
@@ -10960,6 +11007,7 @@ def make_node_settings(args: argparse.Namespace, host: str) -> NodeSettings:
     others = ("files", "exclude", "name", "server_key")
     values = {name: getattr(args, name) for name in vars(NodeSettings()) if name not in others}
     name, files = args.name or host, tuple(args.file or [FILE])
+    Exclude(args.exclude)  # a pattern that is none is told of now, not at the first copy
     return NodeSettings(files=files, exclude=tuple(args.exclude), name=name, server_key=key, **values)
 
 
@@ -12178,7 +12226,7 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what was asked for; paths may stand after flags, too, which argparse takes for too many."""
     parser = make_parser()
     try:
@@ -12207,7 +12255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        args = parse_arguments(arguments)
+        args = read_arguments(arguments)
         code: int = args.run(args)
         sys.stdout.flush()
         return code

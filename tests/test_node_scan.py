@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -613,3 +615,13 @@ def test_root_of_the_filesystem(tree: Path) -> None:
     assert list(listed) == [b"/".join(inside.split(b"/")[:depth]) for depth in range(1, inside.count(b"/") + 2)]
     assert read(tree, inside, "/", exclude=patterns)["status"] == "whole"
     assert read(tree, b"etc/passwd", "/", exclude=patterns) == {"status": "gone"}
+
+
+def test_filesystem_root_that_cannot_be_listed_is_no_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be a copy of nothing that calls itself good."""
+
+    def fail(path: bytes) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(zbackup.NodeError, match="/ cannot be listed: Input/output error"):
+        zbackup._look(SimpleNamespace(folder=fail), b"")  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
@@ -12,8 +13,10 @@ import stat
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1063,3 +1066,73 @@ def test_pages_that_the_store_has_as_a_patch(calm: World) -> None:
     (calm.files / "big").write_bytes(big[: 9 * PAGE + 77] + pages + big[9 * PAGE + 77 :])
     pull(calm, "--no-latest")
     check_restored(calm, "again")
+
+
+# ---- changes that the times of a file do not show ----
+
+
+def test_change_through_a_shared_map_after_the_copy(world: World) -> None:
+    """A store into a page that is not clean yet sets no time: what is dirty is written before the file is read."""
+    path = world.files / "map"
+    path.write_bytes(bytes(3 << 20))
+    world.node("--margin", "0s")
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        os.fsync(file.fileno())
+        mapped[:6] = b"first "
+        time.sleep(0.1)
+        world.sweep()
+        before = path.stat().st_mtime_ns
+        mapped[:6] = b"second"
+        assert path.stat().st_mtime_ns != before, "this filesystem does not tell at all"
+    world.sweep()
+    assert (world.restore() / "files/map").read_bytes()[:6] == b"second"
+
+
+def test_change_within_one_tick_of_the_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is read when its times are older than their grain: a second change could not be told from the first."""
+    path = tmp_path / "f"
+    path.write_bytes(b"1")
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        moment[0] += int(seconds * 1e9)
+
+    settler = zbackup.Settler(zbackup.Clock(lambda: moment[0], time.monotonic, sleep))
+    with open(path, "rb") as file:
+        newest = max(os.fstat(file.fileno()).st_mtime_ns, os.fstat(file.fileno()).st_ctime_ns)
+        for age, pauses in ((0.001, [zbackup.GRAIN]), (0.019, [zbackup.GRAIN]), (0.03, []), (-5, [])):
+            moment = [newest + int(age * 1e9)]
+            slept.clear()
+            settler.settle(file.fileno(), os.fstat(file.fileno()))
+            assert slept == pauses, age
+        whole = newest // 10**9 * 10**9
+        for always, pauses in ((False, [zbackup.COARSE_GRAIN]), (True, [zbackup.GRAIN] * 4)):
+            moment = [whole + 10**9]  # of times in whole seconds; then of a file that is written without a pause
+            slept.clear()
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fstat", functools.partial(describe_times, moment, 0 if always else whole))
+                settler.settle(file.fileno(), os.fstat(file.fileno()))
+            assert slept == pauses
+
+
+def describe_times(moment: list[int], newest: int, fd: int) -> Any:
+    """Return what fstat says of a file that was written at `newest`, or else just now."""
+    return SimpleNamespace(st_mtime_ns=newest or moment[0] - 1, st_ctime_ns=0, st_dev=1)
+
+
+def test_many_young_files_are_synced_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one by one, which would take a while for each."""
+    alone: list[int] = []
+    together: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", alone.append)
+    monkeypatch.setattr(zbackup, "sync_filesystem", together.append)
+    settler = zbackup.Settler(zbackup.Clock(time.time_ns, time.monotonic, time.sleep))
+    old = SimpleNamespace(st_mtime_ns=time.time_ns() - 61 * 10**9, st_ctime_ns=0, st_dev=1)
+    young = SimpleNamespace(st_mtime_ns=time.time_ns() - 10 * 10**9, st_ctime_ns=0, st_dev=1)
+    for found in [old] * 100 + [young] * 1000:
+        settler._sync(7, found)  # type: ignore[arg-type]
+    assert (len(alone), len(together)) == (zbackup.Settler.ALONE, 1)
+    newer = SimpleNamespace(st_mtime_ns=time.time_ns(), st_ctime_ns=0, st_dev=1)
+    settler._sync(7, newer)  # type: ignore[arg-type]
+    assert (len(alone), len(together)) == (zbackup.Settler.ALONE + 1, 1)
