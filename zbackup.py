@@ -5415,6 +5415,7 @@ def repair_identity(path: str) -> bool:
 DATABASE_MAGIC = b"SQLite format 3\0"
 DATABASE_HEAD = 100  # bytes of the header, https://www.sqlite.org/fileformat.html#the_database_header
 COMPANIONS = (b"-wal", b"-shm", b"-journal")  # of a database; its frozen copy holds what they held
+LOG_HEADS = {b"wal": b"\x37\x7f\x06", b"journal": bytes.fromhex("d9d505f920a163d7")}  # the same page, sections 3 and 4
 ZEROS = bytes(CHUNK)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)  # of what was deleted, moved or replaced
 NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # a flood of connections has them; it passes
@@ -5443,6 +5444,14 @@ def name_root(pattern: str, real: str, base: str) -> bytes:
     return os.fsencode(os.path.abspath(real)).strip(b"/")
 
 
+def find_absolute(path: str) -> str:
+    """Return the absolute path of what a path leads to: `..` behind a symlink is not the folder that holds the link."""
+    if ".." not in path.split(os.sep):
+        return os.path.abspath(path)
+    above, name = os.path.split(path)
+    return os.path.realpath(path) if name in ("", ".", "..") else os.path.join(os.path.realpath(above), name)
+
+
 def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
     """Return the roots that exist now, sorted, none inside another; and what matched nothing.
 
@@ -5461,7 +5470,7 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
         if not found:
             missing.append(pattern)
         for real in found:
-            root = Root(name_root(pattern, real, base), os.fsencode(os.path.abspath(real)))
+            root = Root(name_root(pattern, real, base), os.fsencode(find_absolute(real)))
             if roots.setdefault(root.stored, root) != root:
                 raise UsageError(f"--file {show(pattern)}: another file has the name {show(root.stored)} already")
     ordered = sorted(roots.values(), key=lambda root: path_key(root.stored))
@@ -5781,7 +5790,23 @@ class Source:
     # -- databases --
 
     def _is_companion(self, fd: int, name: bytes) -> bool:
-        return name.endswith(COMPANIONS) and self._is_database(fd, name[: name.rindex(b"-")])
+        base, _, end = name.rpartition(b"-")
+        return name.endswith(COMPANIONS) and self._is_database(fd, base) and self._is_log(fd, name, end)
+
+    def _is_log(self, fd: int, name: bytes, end: bytes) -> bool:
+        """Tell whether what has the name of a log begins as one, or as one that is done: no other file is left out."""
+        if end not in LOG_HEADS:
+            return True
+        try:
+            with self.spool.sqlite:
+                file = os.open(name, FILE_FLAGS, dir_fd=fd)
+                try:
+                    head = os.read(file, 8)
+                finally:
+                    os.close(file)
+        except OSError:
+            return True
+        return not any(head) or head.startswith(LOG_HEADS[end])
 
     def _is_database(self, fd: int, name: bytes) -> bool:
         try:

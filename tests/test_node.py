@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -118,18 +119,34 @@ def test_database_recognised_by_its_header(tree: Path) -> None:
 def test_companions_left_out_only_beside_a_database(tree: Path) -> None:
     make_database(tree / "files/bd").close()
     (tree / "files/notes").write_text("no database")
+    heads = {"-wal": "377f0682", "-shm": "00", "-journal": "d9d505f920a163d7", "-walrus": "00"}
     for name in ("bd", "notes", "nothing"):
-        for end in ("-wal", "-shm", "-journal", "-walrus"):
-            (tree / f"files/{name}{end}").write_text("data")
+        for end, head in heads.items():
+            (tree / f"files/{name}{end}").write_bytes(bytes.fromhex(head) + b"data")
     (tree / "files/dir-wal").mkdir()
     left_out = {b"files/bd-wal", b"files/bd-shm", b"files/bd-journal"}
     there = {b"files/" + os.fsencode(path.name) for path in (tree / "files").iterdir()}
     assert set(scan(tree)) == there - left_out | {b"files"}
 
 
+@pytest.mark.parametrize("end", ["wal", "journal"])
+def test_companions_by_name_alone_are_files_like_others(tree: Path, end: str) -> None:
+    """A diary is called so, beside a database of the same name; a log that is done holds nothing."""
+    make_database(tree / "files/trip").close()
+    path = tree / f"files/trip-{end}"
+    for content, there in (
+        (b"day one", True),
+        (b"", False),
+        (bytes(512), False),
+        (zbackup.LOG_HEADS[end.encode()], False),
+    ):
+        path.write_bytes(content)
+        assert (os.fsencode(f"files/trip-{end}") in scan(tree)) == there, content
+
+
 def test_companions_not_readable(tree: Path) -> None:
     make_database(tree / "files/bd").close()
-    (tree / "files/bd-wal").write_text("data")
+    (tree / "files/bd-wal").write_bytes(zbackup.LOG_HEADS[b"wal"])
     assert status(tree, b"files/bd-wal") == "gone"
 
 
@@ -842,9 +859,10 @@ def test_descriptors_do_not_pile_up(tree: Path) -> None:
 
 
 def test_file_that_keeps_changing_is_torn(world: World) -> None:
-    path = world.files / "a"
+    quick = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)  # no journal that holds writers up
+    path = Path(quick, "a")
     path.write_bytes(MIB * 4)
-    world.node()
+    world.node("--file", quick)
     changer = run_child("import sys\nwhile True: open(sys.argv[1], 'r+b').write(b'x')", path)
     try:
         wait_until(lambda: path.read_bytes()[0] == ord("x"))
@@ -852,6 +870,7 @@ def test_file_that_keeps_changing_is_torn(world: World) -> None:
     finally:
         changer.kill()
         changer.communicate()
+        shutil.rmtree(quick)
     assert node["snapshot"]["grade"] == "torn"
 
 

@@ -625,3 +625,14 @@ def test_filesystem_root_that_cannot_be_listed_is_no_empty_one(monkeypatch: pyte
 
     with pytest.raises(zbackup.NodeError, match="/ cannot be listed: Input/output error"):
         zbackup._look(SimpleNamespace(folder=fail), b"")  # type: ignore[arg-type]
+
+
+def test_root_behind_a_symlink_and_back(tmp_path: Path) -> None:
+    """`..` leads to where the link leads, as `ls` says, and not to the folder that holds the link."""
+    (tmp_path / "disk/data").mkdir(parents=True)
+    (tmp_path / "disk/mail").mkdir()
+    (tmp_path / "mail").mkdir()
+    os.symlink("disk/data", tmp_path / "data")
+    for given in ("data/../mail", "data/../mail/../mail", "data/.."):
+        (root,), missing = zbackup.list_roots([given], str(tmp_path))
+        assert os.path.samefile(root.real, tmp_path / given) and not missing
