@@ -638,15 +638,16 @@ class Chaos:
     def restore(self, folder: str, name: str, check: bool = False) -> dict[str, Seen]:
         """Restore a snapshot; returns what that gave."""
         to = self.world.path / "copy"
+        code = 1 if load_snapshot(self.world, folder, name)["cut_off"] else 0
         if self.random.random() < 0.1:
             restoring = Process(["restore", folder, "--at", name, "--to", "copy"], self.world.path, self.world.env)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 restoring.process.wait(self.random.uniform(0.1, 0.6))
             restoring.kill()
             self.note("restore killed")
-            self.world.run("restore", folder, "--at", name, "--to", "copy", "--overwrite", "--quiet")
+            self.world.run("restore", folder, "--at", name, "--to", "copy", "--overwrite", "--quiet", code=code)
         else:
-            self.world.run("restore", folder, "--at", name, "--to", "copy", "--quiet")
+            self.world.run("restore", folder, "--at", name, "--to", "copy", "--quiet", code=code)
         seen = see(to)
         if check:
             told = load_snapshot(self.world, folder, name)
