@@ -3541,7 +3541,7 @@ def list_chunks(reader: Reader, content: Content) -> Iterator[bytes | int]:
 
 
 def list_named(read: bytes) -> list[bytes]:
-    """Return all digests in the content's half of an entry, not decoded: also what only looks like one."""
+    """Return all digests in the content's half of an entry, which is not decoded."""
     return [bytes.fromhex(text.decode()) for text in NAMED_DIGEST.findall(read)]
 
 
@@ -3856,13 +3856,13 @@ class NodeFolder:
         Two in the same second get names that differ; none is ever overwritten (I3).  Raises FormatError where it
         could not be read again.
         """
-        decode_snapshot(encode_snapshot(snapshot), self.name, snapshot.name)
+        data = encode_snapshot(snapshot)  # without its name, which is the file's
+        decode_snapshot(data, self.name, snapshot.name)
         for number in itertools.count(1):
             name = snapshot.name if number == 1 else f"{snapshot.name}-{number}"
-            named = replace(snapshot, name=name)
             with writing(self.path), contextlib.suppress(FileExistsError):
-                write_durably(os.path.join(self.snapshots, name + ".json"), encode_snapshot(named), replacing=False)
-                return named
+                write_durably(os.path.join(self.snapshots, name + ".json"), data, replacing=False)
+                return replace(snapshot, name=name)
         raise AssertionError("itertools.count ended")
 
     def list_trash(self) -> list[Trashed]:
@@ -4257,8 +4257,7 @@ class Leftovers:
 
 def plan_leftovers(store: Store) -> Leftovers:
     """Return the unfinished packs and other files whose writers are gone."""
-    folders = [store.path, store.packs, store.damage, store.aside]
-    folders.append(os.path.join(store.path, "keys"))
+    folders = [store.path, store.packs, store.damage, store.aside, os.path.join(store.path, "keys")]
     for name in os.listdir(store.path):
         node = store.node(name)
         if os.path.isdir(node.snapshots):
@@ -6218,8 +6217,8 @@ class Settler:
         Within their grain a second change does not; one that is written without a pause is not waited for.
         """
         for _ in range(4):
-            self._sync(fd, found)
-            found = os.fstat(fd)
+            if self._sync(fd, found):
+                found = os.fstat(fd)
             newest = max(found.st_mtime_ns, found.st_ctime_ns)
             grain = GRAIN if newest % 10**9 else COARSE_GRAIN
             if not 0 <= self._clock.now() - newest < grain * 1e9:
@@ -6228,11 +6227,14 @@ class Settler:
             found = os.fstat(fd)
         return found
 
-    def _sync(self, fd: int, found: os.stat_result) -> None:
-        """Write what a file has got through a shared map: a store into a page that is not clean sets no time."""
+    def _sync(self, fd: int, found: os.stat_result) -> bool:
+        """Write what a file has got through a shared map: a store into a page that is not clean sets no time.
+
+        Returns whether there was a need.
+        """
         newest, now = max(found.st_mtime_ns, found.st_ctime_ns), self._clock.now()
         if now - newest >= MAPPED * 1e9 or newest < self._synced.get(found.st_dev, 0) - COARSE_GRAIN * 1e9:
-            return
+            return False
         self._alone += 1
         with contextlib.suppress(OSError):  # of a disk that cannot be written nothing is mapped
             if self._alone > self.ALONE and found.st_dev not in self._synced:
@@ -6240,6 +6242,7 @@ class Settler:
                 self._synced[found.st_dev] = now
             else:
                 os.fdatasync(fd)
+        return True
 
 
 class Files:
