@@ -3807,6 +3807,15 @@ class NodeFolder:
         except BlockingIOError:
             raise LockedStore(f"another run is copying {self.name} at this moment") from None
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs off this node meanwhile; StoreError if one is on it."""
+        lock = self.lock()
+        try:
+            yield
+        finally:
+            os.close(lock)
+
     def load_known(self) -> Known:
         """Return what is known of the node."""
         with open(os.path.join(self.path, "node.json"), "rb") as file:
@@ -4755,14 +4764,11 @@ def undelete_snapshots(folder: NodeFolder, names: Sequence[str]) -> list[str]:
 def release_node(store: Store, name: str) -> Snapshot | None:
     """Answer the alarm of a node: its older snapshots may go again; returns the one with the alarm, if any."""
     folder = store.node(name)
-    lock = folder.lock()  # a copy under way writes what is known of the node, too
-    try:
+    with folder.locked():  # a copy under way writes what is known of the node, too
         alarm = load_history(store, name).alarm
         if alarm:
             folder.save_known(replace(store.load_known(name), released=alarm.sequence))
         return alarm
-    finally:
-        os.close(lock)
 
 
 # ---- verify: read what is there, and say which files and versions suffer from what is not ----
@@ -7088,23 +7094,17 @@ def list_offers(refused: Sequence[Probe]) -> dict[str, str]:
 
 def _change_known(folder: NodeFolder, change: Callable[[Known], Known]) -> Known:
     """Change what is known of a node, while no copy of it is under way."""
-    lock = folder.lock()
-    try:
+    with folder.locked():
         known = change(folder.load_known())
         folder.save_known(known)
         return known
-    finally:
-        os.close(lock)
 
 
 def save_offer(store: Store, name: str, key: str) -> None:
     """Note the key that was met in place of a node's."""
     folder = store.node(name)
-    lock = folder.lock()
-    try:
+    with folder.locked():
         folder.save_known(replace(store.load_known(name), offered=key))
-    finally:
-        os.close(lock)
 
 
 def trust_key(store: Store, name: str, key: str, now: int) -> Known:
@@ -8585,11 +8585,8 @@ class Copier:
         try:
             folder = self.store.node(target.folder)
             folder.make()
-            lock = folder.lock()
-            try:
+            with folder.locked():
                 return self._copy(target, folder, report)
-            finally:
-                os.close(lock)
         except BackupError as error:
             return replace(report, error=str(error), exit_code=error.exit_code)
         except OSError as error:
