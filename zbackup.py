@@ -162,6 +162,7 @@ UNREAD_QUESTIONS = 40  # the same for a node: what a server has in flight is bel
 WORKING_LIMIT = 100  # of "still working" in answer to one question, and as many again in each second
 NEIGHBOURS = 1024  # addresses in the kernel's table of neighbours; silent ones may fill half of it
 NEIGHBOUR_TIME = 3.2  # s that a silent address keeps its place in the kernel's table
+FEWEST_DESCRIPTORS = 64
 DESCRIPTORS = 8192  # that a node uses at most: half-open connections take 10 KB of memory each
 
 # What decides in KEEP.
@@ -1405,6 +1406,7 @@ class ServerSettings:
 # ==== 4. DISK: durable writes, locks, folders that cannot be left ====
 
 TEMPORARY = ".zbackup-tmp-"  # prefix of a file that is not complete yet
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # they pass, and say nothing of the file that was to be read
 FICLONE = 0x40049409  # ioctl of Linux, <linux/fs.h>: share the blocks of another file
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: should it have become a fifo, do not wait for its writer.
@@ -3994,7 +3996,9 @@ class Store:
             self.index.put_pack(name, read_pack_index(path))
         except FileNotFoundError:
             return  # listed in the moment in which another run replaced it
-        except (FormatError, OSError):
+        except (FormatError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in SHORTAGES:
+                raise
             self.note_damage(name, BAD_PACK)
 
     def _find_loose_anew(self, packs: Mapping[str, str]) -> None:
@@ -4734,6 +4738,8 @@ def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_S
             except CodecError as error:
                 problem = f"pack {use.name} is {error}"
             except (FormatError, OSError) as error:
+                if isinstance(error, OSError) and error.errno in SHORTAGES:
+                    raise
                 store.note_damage(use.name, BAD_PACK)
                 problem = f"pack {use.name} is damaged: {error}; see `repair`"
         repacker.finish()
@@ -4868,6 +4874,8 @@ def verify_pack(reader: Reader, name: str, path: str) -> PackCheck:
     except CodecError as error:
         raise CodecMissing(f"pack {name} is {error}") from None
     except OSError as error:
+        if error.errno in SHORTAGES:
+            raise
         return PackCheck(
             name, 0, f"cannot be read: {explain(error)}", tuple(d for d, *_ in reader.index.list_rows(name))
         )
@@ -5398,7 +5406,9 @@ def repair_identity(path: str) -> bool:
     try:
         with open(file, "rb") as found:
             data = found.read()
-    except OSError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.EIO):  # the disk has lost it; all else says nothing of it
+            raise StoreError(f"{file} cannot be read: {explain(error)}") from None
         data = b""
     told = re.search(rb'"id": "([0-9a-f]{32})"', data)  # by it nodes know the server again
     identity = told[1].decode("ascii") if told else secrets.token_hex(16)
@@ -5407,7 +5417,7 @@ def repair_identity(path: str) -> bool:
     lock = lock_store(path, alone=True)
     try:
         with writing(file):
-            if data:
+            if os.path.lexists(file):
                 move_durably(file, os.path.join(path, "aside", f"zbackup.json.{secrets.token_hex(4)}"))
             write_durably(file, encode_identity(identity))
     finally:
@@ -5423,10 +5433,10 @@ COMPANIONS = (b"-wal", b"-shm", b"-journal")  # of a database; its frozen copy h
 LOG_HEADS = {b"wal": b"\x37\x7f\x06", b"journal": bytes.fromhex("d9d505f920a163d7")}  # the same page, sections 3 and 4
 ZEROS = bytes(CHUNK)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)  # of what was deleted, moved or replaced
-NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)  # a flood of connections has them; it passes
 MAPPED = 60.0  # s; a younger file may have pages that a shared map has written and the disk has not
 GRAIN = 0.02  # s; file times are set in steps: of 4 ms (or 10) by kernels before 6.13
 COARSE_GRAIN = 2.0  # s; the same of filesystems whose times are whole seconds: ext3, FAT
+SETTLINGS = 4  # waits for a moment in which a file is not written, each of one grain
 PATIENCE = 6  # tries, each after twice the pause of the last: more than --handshake-timeout in all
 KIND_OF = {bits: kind for kind, bits in KIND_BITS.items()}
 NEARLY = 4  # of a chunk, a fourth of the pages: with no more changed it is nearly what it was
@@ -5438,6 +5448,7 @@ class Root:
 
     stored: bytes  # its path in snapshots: as given, without a leading slash
     real: bytes  # absolute
+    inner: tuple[bytes, ...] = ()  # what was named inside it, too: neither --exclude nor --one-file-system hides it
 
 
 def name_root(pattern: str, real: str, base: str) -> bytes:
@@ -5457,8 +5468,15 @@ def find_absolute(path: str) -> str:
     return os.path.realpath(path) if name in ("", ".", "..") else os.path.join(os.path.realpath(above), name)
 
 
+def leads_inside(root: Root, other: Root) -> bool:
+    """Tell whether a scan of a root comes to another one whose name lies in its own: no symlink is followed there."""
+    beyond = os.path.dirname(other.real)[len(root.real.rstrip(b"/")) :].strip(b"/")
+    real = os.path.join(os.path.realpath(root.real), beyond).rstrip(b"/")
+    return not os.path.islink(root.real) and os.path.realpath(real or b"/") == (real or b"/")
+
+
 def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
-    """Return the roots that exist now, sorted, none inside another; and what matched nothing.
+    """Return the roots that exist now, sorted, none inside another; and what matched nothing that can be served.
 
     `base` is the folder that relative names start from.  Raises UsageError when two different
     files would get one name.
@@ -5480,6 +5498,7 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
                 raise UsageError(f"--file {show(pattern)}: another file has the name {show(root.stored)} already")
     ordered = sorted(roots.values(), key=lambda root: path_key(root.stored))
     kept: list[Root] = []
+    inner: dict[bytes, list[bytes]] = {}
     for root in ordered:
         if not kept or not is_at_or_below(root.stored, kept[-1].stored):
             kept.append(root)
@@ -5487,7 +5506,11 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
             raise UsageError(
                 f"--file {show(root.real)}: its name {show(root.stored)} lies in that of {show(kept[-1].real)}"
             )
-    return kept, missing
+        elif leads_inside(kept[-1], root):
+            inner.setdefault(kept[-1].stored, []).append(root.stored)
+        else:
+            missing.append(os.fsdecode(root.real))
+    return [replace(root, inner=tuple(inner.get(root.stored, ()))) for root in kept], missing
 
 
 GLOB_TOKEN = re.compile(
@@ -5605,6 +5628,43 @@ def is_database_head(head: bytes) -> bool:
     return whole and (size == 1 or (size >= 512 and size & (size - 1) == 0)) and head[21:24] == b"\x40\x20\x20"
 
 
+class Scope:
+    """What of a filesystem was named, by --file, and what is excluded of it: not what was named itself."""
+
+    def __init__(self, roots: Sequence[Root], exclude: Exclude) -> None:
+        self.exclude = exclude
+        self.named = {path for root in roots for path in (root.stored, *root.inner)}
+        self.ways: dict[bytes, set[bytes]] = {}  # folders above an inner one, and what in them leads to it
+        for root in roots:
+            for path in root.inner:
+                while path != root.stored:
+                    path, _, name = path.rpartition(b"/")
+                    self.ways.setdefault(path, set()).add(name)
+
+    def find_named(self, path: bytes) -> bytes:
+        """Return what was named at or above a path, and next to it."""
+        while path and path not in self.named:
+            path = path.rpartition(b"/")[0]
+        return path
+
+    def is_hidden(self, path: bytes, is_folder: bool) -> bool:
+        """Tell whether a path is not listed, the folders above it apart."""
+        return self.exclude.matches(path, is_folder) and path not in self.named and path not in self.ways
+
+    def is_way_only(self, path: bytes) -> bool:
+        """Tell whether a folder is listed only as it leads to what was named."""
+        return path in self.ways and path not in self.named and self.exclude.matches(path, True)
+
+    def lies_in_excluded(self, path: bytes) -> bool:
+        """Tell whether a folder between a path and what was named above it is excluded."""
+        named = self.find_named(path)
+        while path and path != named:
+            path = path.rpartition(b"/")[0]
+            if path != named and self.exclude.matches(path, True):
+                return True
+        return False
+
+
 class Source:
     """The paths that one copy may read: below the roots, not excluded, no symlink followed."""
 
@@ -5612,7 +5672,7 @@ class Source:
         self.settings = settings
         self.clock = clock
         self.roots = roots
-        self.exclude = Exclude(settings.exclude)
+        self.scope = Scope(roots, Exclude(settings.exclude))
         self.spool = spool
         self._margin = int(settings.margin * 1e9)
         self._by_name = {root.stored: root for root in roots}
@@ -5682,13 +5742,10 @@ class Source:
         """Raise FileNotFoundError when `path` lies where a scan does not go."""
         root = self._root_of(path)
         inside = path.rpartition(b"/")[0]
-        if path == root.stored or inside == self._checked:
+        if path in self.scope.named or inside == self._checked:
             return
-        above = path
-        while above and above != root.stored:
-            above = above.rpartition(b"/")[0]
-            if above != root.stored and self.exclude.matches(above, True):
-                raise FileNotFoundError(errno.ENOENT, "excluded on the node")
+        if self.scope.lies_in_excluded(path):
+            raise FileNotFoundError(errno.ENOENT, "excluded on the node")
         folder = self.parent(path)[0]
         if root.stored not in self._reals:
             self._reals[root.stored] = os.path.realpath(root.real)
@@ -5701,10 +5758,16 @@ class Source:
         """Tell whether an open folder is on a filesystem that --one-file-system leaves out."""
         if not self.settings.one_file_system:
             return False
-        root = self._root_of(path)
-        if root.stored not in self._devices:
-            self._devices[root.stored] = os.lstat(root.real).st_dev
-        return os.fstat(folder).st_dev != self._devices[root.stored]
+        named = self.scope.find_named(path)
+        if named not in self._devices:
+            self._devices[named] = os.lstat(self.find_real(named)).st_dev
+        return os.fstat(folder).st_dev != self._devices[named]
+
+    def list_names(self, path: bytes, folder: int) -> list[bytes]:
+        """Return what is to be looked at in an open folder; in one that is left out, the ways to what was named."""
+        if self.scope.is_way_only(path) or self.is_elsewhere(path, folder):
+            return sorted(self.scope.ways.get(path, ()))
+        return sorted(map(os.fsencode, os.listdir(folder)))
 
     # -- what a path is --
 
@@ -5730,7 +5793,7 @@ class Source:
             return self._file_stat(path, owned, found)
         stat = Stat(path, kind, *owned, mtime=found.st_mtime_ns)
         if fd >= 0:
-            stat = stat._replace(xattrs=self._xattrs(fd, name))
+            stat = self._add_xattrs(stat, fd, name)
         if kind == "symlink" and fd >= 0:
             try:
                 return stat._replace(target=os.readlink(name, dir_fd=fd))
@@ -5764,11 +5827,13 @@ class Source:
         )
 
     @staticmethod
-    def _xattrs(fd: int, name: bytes) -> dict[str, str]:
+    def _add_xattrs(stat: Stat, fd: int, name: bytes) -> Stat:
         try:
-            return list_xattrs(name_in(fd, name))
-        except OSError:
-            return {}
+            return stat._replace(xattrs=list_xattrs(name_in(fd, name)))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return stat  # gone, which the next call finds out; or there is no /proc here
+            return stat._replace(error=f"its extended attributes cannot be read: {explain(error)}")
 
     def look(self, path: bytes) -> Stat | None:
         """Return the Stat of a path; None when it is gone, excluded or part of a database."""
@@ -5779,7 +5844,7 @@ class Source:
             return None
         kind = stat_bits.S_IFMT(found.st_mode)
         is_folder = kind == stat_bits.S_IFDIR
-        if self.exclude.matches(path, is_folder) and path not in self._by_name:
+        if self.scope.is_hidden(path, is_folder):
             return None
         if is_folder and (found.st_dev, found.st_ino) == self.spool.inode:
             return None
@@ -5824,7 +5889,7 @@ class Source:
                 finally:
                     os.close(file)
         except OSError as error:
-            if error.errno in NO_DESCRIPTORS:
+            if error.errno in SHORTAGES:
                 raise  # a database must not pass for a plain file
             return False
 
@@ -5851,14 +5916,13 @@ def _look(source: Source, path: bytes, tries: int = PATIENCE) -> tuple[Stat | No
             stat = source.look(path)
             if stat is None or stat.kind != "directory":
                 return stat, []
-        fd = source.folder(path)
-        if source.is_elsewhere(path, fd):
-            return stat, []
-        if stat and len(path) + 256 > PATH_LIMIT:
-            return stat._replace(error=f"what it holds has paths too long for a snapshot ({PATH_LIMIT} bytes)"), []
-        return stat, sorted(map(os.fsencode, os.listdir(fd)))
+        names = source.list_names(path, source.folder(path))
+        if names and len(path) + 256 > PATH_LIMIT:
+            error = f"what it holds has paths too long for a snapshot ({PATH_LIMIT} bytes)"
+            return (stat or Stat(path, "directory"))._replace(error=error), []
+        return stat, names
     except OSError as error:
-        if error.errno in NO_DESCRIPTORS and tries:
+        if error.errno in SHORTAGES and tries:
             source.clock.sleep(PAUSE * 2 ** (PATIENCE - tries))
             return _look(source, path, tries - 1)
         if not path:
@@ -5905,6 +5969,12 @@ def scan(source: Source) -> Iterator[Stat]:
 IMMUTABLE, READONLY, RECOVER = "immutable=1", "mode=ro", ""  # ways to read a database
 
 
+def find_wait(clock: Clock, moment: int) -> float:
+    """Return how long (s) to wait until a change shows in a time (ns): within its grain a second one does not."""
+    grain = GRAIN if moment % 10**9 else COARSE_GRAIN
+    return grain if 0 <= clock.now() - moment < grain * 1e9 else 0.0
+
+
 def _stat_or_none(path: str) -> list[int] | None:
     try:
         found = os.stat(path)
@@ -5918,13 +5988,25 @@ def stat_database(path: str) -> list[list[int] | None]:
     return [_stat_or_none(path + end) for end in ("", "-wal", "-journal")]
 
 
+def stat_settled(path: str, clock: Clock) -> list[list[int] | None]:
+    """Return stat_database(path) from when on a change shows in it; OSError (EBUSY) where there is no such moment."""
+    for _ in range(SETTLINGS):
+        found = stat_database(path)
+        wait = max((find_wait(clock, time) for state in found if state for time in state[1:3]), default=0.0)
+        if not wait:
+            return found
+        clock.sleep(wait)
+    raise OSError(errno.EBUSY, "the SQLite database is written without a pause")
+
+
 def choose_way(path: str) -> str:
     """Return how to read a database without leaving a log or a log's index beside it."""
     with open(path, "rb") as file:
         logged = file.read(20)[18:19] == b"\2"
-    if not logged:
+    wal, journal = (found and found[0] for found in stat_database(path)[1:])
+    if not logged and not wal:
         return READONLY
-    if not any(found and found[0] for found in stat_database(path)[1:]):
+    if not wal and not journal:
         return IMMUTABLE  # no program has it open, or none that has written
     return READONLY if os.path.exists(path + "-shm") else RECOVER
 
@@ -5990,10 +6072,10 @@ def run_check(connection: sqlite3.Connection, check: str = "quick_check") -> str
 
     try:
         said = str(connection.execute(f"PRAGMA {check}(1)").fetchone()[0])
-    except sqlite3.OperationalError:
-        return ""  # it uses what only its own program has, as a collation: nothing can be said
     except sqlite3.DatabaseError as error:
         said = str(error)
+        if isinstance(error, sqlite3.OperationalError) and "I/O" not in said:
+            return ""  # it uses what only its own program has, as a collation: nothing can be said
     return "" if said == "ok" else said
 
 
@@ -6045,14 +6127,14 @@ def _copy_plainly(fd: int, target: str) -> None:
             at += len(data)
 
 
-def recover_database(origin: Origin, target: str) -> None:
+def recover_database(origin: Origin, target: str, clock: Clock) -> None:
     """Copy a database that a crash left in the middle of a transaction, and let SQLite mend the copy.
 
     Raises OSError (EBUSY when something changed it meanwhile) or sqlite3.Error.
     """
     import sqlite3
 
-    before = stat_database(origin.path)
+    before = stat_settled(origin.path, clock)
     _copy_plainly(origin.fd, target)
     for end, found in zip(("-wal", "-journal"), before[1:]):
         if found:
@@ -6071,34 +6153,43 @@ def recover_database(origin: Origin, target: str) -> None:
         copy.close()
 
 
+def _copy_one_way(origin: Origin, target: str, wait: float, clock: Clock) -> bool:
+    """Copy a database the way that fits it now; tells whether it was so until the end."""
+    import sqlite3
+
+    way = choose_way(origin.path)
+    before = stat_settled(origin.path, clock) if way == IMMUTABLE else []
+    try:
+        if way:
+            _backup(origin, target, open_database(origin, way, wait, clock))
+        else:
+            recover_database(origin, target, clock)
+    except sqlite3.OperationalError as error:
+        # A journal to be rolled back, or no right to make the log's index.
+        if "readonly" not in str(error) and "unable to open" not in str(error):
+            raise
+        recover_database(origin, target, clock)
+        return True
+    return way != IMMUTABLE or before == stat_database(origin.path)
+
+
 def copy_database(origin: Origin, target: str, wait: float, clock: Clock) -> str:
     """Copy a live SQLite database by its backup API; returns what quick_check finds wrong.
 
     `wait` is how long (s) to wait for a lock.  Raises sqlite3.Error or OSError; all transactions
     that were committed before the call are in the copy, and nothing is left beside the source.
     """
-    import sqlite3
-
-    for _ in range(TRIES):
-        way = choose_way(origin.path)
-        before = stat_database(origin.path)
+    failure = OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
+    for number in range(TRIES):
+        clock.sleep(PAUSE * (1 << number >> 1))  # none before the first
         try:
-            if way:
-                _backup(origin, target, open_database(origin, way, wait, clock))
-            else:
-                recover_database(origin, target)
-        except sqlite3.OperationalError as error:
-            # A journal to be rolled back, or no right to make the log's index.
-            if "readonly" not in str(error) and "unable to open" not in str(error):
-                raise
-            recover_database(origin, target)
+            if _copy_one_way(origin, target, wait, clock):
+                return check_database(target)
         except OSError as error:
             if error.errno not in (errno.EBUSY, errno.ENOENT) or not os.path.exists(origin.path):
                 raise
-            continue  # its log came or went meanwhile
-        if way != IMMUTABLE or before == stat_database(origin.path):
-            return check_database(target)
-    raise OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
+            failure = error if error.errno == errno.EBUSY else failure  # else its log came or went meanwhile
+    raise failure
 
 
 def open_at_rest(origin: Origin, clock: Clock) -> sqlite3.Connection | None:
@@ -6205,6 +6296,7 @@ def compare_pages(pages: bytes, base: bytes, length: int, part: int = 2) -> list
 
 
 DAMAGED = "SQLite finds damage in the database"
+RESTLESS = "is written without a pause: what was copied may be of several moments"
 
 
 class Settler:
@@ -6220,18 +6312,21 @@ class Settler:
     def settle(self, fd: int, found: os.stat_result) -> os.stat_result:
         """Return the stat of an open file from when on a change of it shows in its times.
 
-        Within their grain a second change does not; one that is written without a pause is not waited for.
+        One that is written without a pause is not waited for: then it is no such moment.
         """
-        for _ in range(4):
+        for _ in range(SETTLINGS):
             if self._sync(fd, found):
                 found = os.fstat(fd)
-            newest = max(found.st_mtime_ns, found.st_ctime_ns)
-            grain = GRAIN if newest % 10**9 else COARSE_GRAIN
-            if not 0 <= self._clock.now() - newest < grain * 1e9:
+            wait = self.find_wait(found)
+            if not wait:
                 break
-            self._clock.sleep(grain)
+            self._clock.sleep(wait)
             found = os.fstat(fd)
         return found
+
+    def find_wait(self, found: os.stat_result) -> float:
+        """Return how long (s) to wait until a change of a file shows in its times."""
+        return max(find_wait(self._clock, found.st_mtime_ns), find_wait(self._clock, found.st_ctime_ns))
 
     def _sync(self, fd: int, found: os.stat_result) -> bool:
         """Write what a file has got through a shared map: a store into a page that is not clean sets no time.
@@ -6310,7 +6405,8 @@ class Files:
             found = self._settler.settle(fd, found)
             if stat.state != list_state(found):
                 stat = self.source.stat(stat.path, found)
-            handle = Handle(stat.path, fd, stat, found.st_size, "stable", list_xattrs(fd))
+            note = RESTLESS if self._settler.find_wait(found) else ""
+            handle = Handle(stat.path, fd, stat, found.st_size, "stable", list_xattrs(fd), note)
             return self._clone(handle, found.st_dev, folder)
         except BaseException:
             os.close(fd)
@@ -6327,7 +6423,7 @@ class Files:
             return handle
         if clone_file(handle.fd, copy):
             os.close(handle.fd)
-            return handle._replace(fd=copy, size=os.fstat(copy).st_size, grade="frozen")
+            return handle._replace(fd=copy, size=os.fstat(copy).st_size, grade="frozen", note="")
         os.close(copy)
         self._cannot_clone.add(device)
         return handle
@@ -6399,7 +6495,7 @@ class Files:
             if error.errno in GONE:
                 # Still there where it was replaced, or where the log of a database went away.
                 return {"status": "later" if self._is_there(ask.path) else "gone"}, []
-            if error.errno in NO_DESCRIPTORS:
+            if error.errno in SHORTAGES:
                 return {"status": "later"}, []
             return {"status": "error", "error": explain(error)}, []
 
@@ -7092,19 +7188,18 @@ def list_offers(refused: Sequence[Probe]) -> dict[str, str]:
 # ---- who is known: pins, and the user's word on them ----
 
 
-def _change_known(folder: NodeFolder, change: Callable[[Known], Known]) -> Known:
+def _change_known(store: Store, name: str, change: Callable[[Known], Known]) -> Known:
     """Change what is known of a node, while no copy of it is under way."""
+    folder = store.node(name)
     with folder.locked():
-        known = change(folder.load_known())
+        known = change(store.load_known(name))
         folder.save_known(known)
         return known
 
 
 def save_offer(store: Store, name: str, key: str) -> None:
     """Note the key that was met in place of a node's."""
-    folder = store.node(name)
-    with folder.locked():
-        folder.save_known(replace(store.load_known(name), offered=key))
+    _change_known(store, name, lambda node: replace(node, offered=key))
 
 
 def trust_key(store: Store, name: str, key: str, now: int) -> Known:
@@ -7113,7 +7208,6 @@ def trust_key(store: Store, name: str, key: str, now: int) -> Known:
     A folder that does not exist is made, for a node that is yet to come.  Raises UsageError
     where there is no key to accept, or another node has it.
     """
-    folder = store.node(name)
     known = {node.folder: node for node in store.list_nodes()}
     offered = key or (known[name].offered if name in known else "")
     if not is_key(offered):
@@ -7124,10 +7218,11 @@ def trust_key(store: Store, name: str, key: str, now: int) -> Known:
     if name not in known:
         if name_folder(name) != name:
             raise UsageError(f"{show(name)} cannot be a folder's name; letters, digits and . _ - can")
+        folder = store.node(name)
         folder.make()
         folder.save_known(Known(name, offered, first_seen=now, last_seen=now))
         return store.load_known(name)
-    return _change_known(folder, lambda node: replace(node, identity=offered, offered="", last_seen=now))
+    return _change_known(store, name, lambda node: replace(node, identity=offered, offered="", last_seen=now))
 
 
 def trust_newcomer(store: Store, name: str, now: int) -> Known:
@@ -7136,14 +7231,14 @@ def trust_newcomer(store: Store, name: str, now: int) -> Known:
     if not known.offered:
         raise UsageError(f"no other key was met in place of the one of {show(name)}")
     made = trust_key(store, f"{name}-{name_short(known.offered)}", known.offered, now)
-    _change_known(store.node(name), lambda node: replace(node, offered=""))
+    _change_known(store, name, lambda node: replace(node, offered=""))
     return made
 
 
 def forget_node(store: Store, name: str) -> Known:
     """Expect a node no more, and know its key no more; its copies stay.  Returns what was known."""
     before = store.load_known(name)
-    _change_known(store.node(name), lambda node: replace(node, identity="", addresses=(), offered=""))
+    _change_known(store, name, lambda node: replace(node, identity="", addresses=(), offered=""))
     return before
 
 
@@ -8260,7 +8355,7 @@ class Pull:
         answer = self.intake.call(OPEN, {"codecs": list_codecs(), "server": store}).fields
         missing = tuple(show(path)[:NAME_KEPT] for path in answer.texts("missing", ROOTS_KEPT))
         for path in missing:
-            self.intake.tally.fail(path, "does not exist on the node")
+            self.intake.tally.fail(path, "does not exist on the node, or lies behind a symbolic link there")
         return tuple(show(root)[:NAME_KEPT] for root in answer.texts("roots", ROOTS_KEPT)), missing
 
     def close(self) -> None:
@@ -9207,6 +9302,21 @@ def _find_log(folder: int, name: bytes) -> bytes:
     return b""
 
 
+@contextlib.contextmanager
+def unopened(folder: int, name: bytes, bits: int) -> Iterator[str]:
+    """Yield a path that leads to what has a name now, of the kind of these bits, whatever gets the name meanwhile.
+
+    Linux only.
+    """
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        if stat_bits.S_IFMT(os.fstat(fd).st_mode) != bits:
+            raise OSError(errno.ESTALE, "replaced while it was restored")
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
 class Attributes:
     """Sets what a path has beside its content; counts what could not be set."""
 
@@ -9236,9 +9346,14 @@ class Attributes:
         """Set those of a symlink, fifo or device, which are not opened."""
         if not self.options.private:
             owned = self._set_owner(stat, lambda u, g: os.chown(name, u, g, dir_fd=folder, follow_symlinks=False))
-            self._set_xattrs(name_in(folder, name), stat.xattrs, follow=stat.kind != "symlink")
-            if stat.kind != "symlink":
+            if stat.kind == "symlink":
+                self._set_xattrs(name_in(folder, name), stat.xattrs, follow=False)
+            elif not hasattr(os, "O_PATH"):
                 os.chmod(name, _safe_mode(stat.mode, owned), dir_fd=folder)
+            else:
+                with unopened(folder, name, KIND_BITS[stat.kind]) as path:
+                    self._set_xattrs(path, stat.xattrs)
+                    os.chmod(path, _safe_mode(stat.mode, owned))
         os.utime(name, ns=(stat.mtime, stat.mtime), dir_fd=folder, follow_symlinks=False)
 
     def _set_owner(self, stat: Stat, set_owner: Callable[[int, int], None]) -> bool:
@@ -9253,10 +9368,15 @@ class Attributes:
         return True
 
     def _set_xattrs(self, target: int | str, xattrs: Mapping[str, str], follow: bool = True) -> None:
+        there: list[str] = []
         with contextlib.suppress(OSError, AttributeError):  # no extended attributes here
-            for name in os.listxattr(target, follow_symlinks=follow):
-                if name in ACLS and name not in xattrs:  # come from the folder that it is put into
+            there = os.listxattr(target, follow_symlinks=follow)
+        for name in there:
+            if name in ACLS and name not in xattrs:  # come from the folder that it is put into
+                try:
                     os.removexattr(target, name, follow_symlinks=follow)
+                except OSError:
+                    self._count(f"extended attribute {show(name)}")
         for name, value in xattrs.items():
             try:
                 os.setxattr(target, name, base64.b64decode(value), follow_symlinks=follow)
@@ -10914,7 +11034,10 @@ def stopping(stop: threading.Event) -> Iterator[list[int]]:
 
 
 def raise_file_limit(most: int = 0) -> None:
-    """Take as many descriptors as this process may, or `most`: each connection takes some."""
+    """Take as many descriptors as this process may, or `most`: each connection takes some.
+
+    Raises BackupError where they are too few for libzmq, which ends a process that has none left.
+    """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -10922,6 +11045,10 @@ def raise_file_limit(most: int = 0) -> None:
         if most and (hard == resource.RLIM_INFINITY or hard > most):
             hard = most
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if hard != resource.RLIM_INFINITY and hard < FEWEST_DESCRIPTORS:
+            raise BackupError(
+                f"only {hard} files can be open at once, and it takes {FEWEST_DESCRIPTORS}: see ulimit -n"
+            )
 
 
 # ---- rights: what is not needed is given away before anything else is done ----
@@ -11003,7 +11130,7 @@ def announce_node(node: Node, output: Output) -> None:
     settings = node.settings
     roots, missing = list_roots(settings.files, node.home.base)
     for pattern in missing:
-        output.warn(f"{show(pattern)} does not exist (yet); it is looked for again at each copy")
+        output.warn(f"{show(pattern)} does not exist yet, or lies behind a symbolic link; each copy looks again for it")
     for root in roots:
         if os.path.islink(root.real):
             output.warn(f"{show(root.real)} is a symbolic link: the link alone is copied; name what it points to")
@@ -11032,8 +11159,9 @@ def make_node_settings(args: argparse.Namespace, host: str) -> NodeSettings:
     others = ("files", "exclude", "name", "server_key")
     values = {name: getattr(args, name) for name in vars(NodeSettings()) if name not in others}
     name, files = args.name or host, tuple(args.file or [FILE])
-    Exclude(args.exclude)  # a pattern that is none is told of now, not at the first copy
-    return NodeSettings(files=files, exclude=tuple(args.exclude), name=name, server_key=key, **values)
+    exclude = tuple(encode_path(os.fsencode(pattern)) for pattern in args.exclude)  # paths do not follow the locale
+    Exclude(exclude)  # a pattern that is none is told of now, not at the first copy
+    return NodeSettings(files=files, exclude=exclude, name=name, server_key=key, **values)
 
 
 SYSTEM_STATE = "/var/lib/zbackup"  # where a node that root starts as another user keeps its state
@@ -11989,7 +12117,7 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `node`."""
     files = f"a file, folder or 'glob' to serve; repeatable (default {FILE})"
     parser.add_argument("--file", action="append", metavar="PATH", help=files)
-    excludes = "leave out what matches, as in a .gitignore; repeatable"
+    excludes = "leave out what matches, as in a .gitignore, but not what --file names; repeatable"
     parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help=excludes)
     bind = "address to listen at (default '*': all of this machine's)"
     parser.add_argument("--bind", default="*", metavar="ADDRESS", help=bind)
@@ -12006,7 +12134,7 @@ def add_node_flags(parser: argparse.ArgumentParser) -> None:
     ]
     add_words(parser, words)
     switches = [
-        ("--one-file-system", "do not go into other filesystems mounted below a folder"),
+        ("--one-file-system", "do not go into other filesystems mounted below a folder, but where --file names them"),
         ("--insecure", "without a server's key, answer any machine: all on the network can read the files"),
         ("--quiet", "print problems only"),
     ]

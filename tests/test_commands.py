@@ -854,10 +854,22 @@ def test_node_says_what_it_serves(world: World) -> None:
     os.symlink("files", world.path / "link")
     node = world.node("--file", "files", "--file", "link", "--file", "later\x1b", "--insecure")
     said = node.output
-    assert r"later\x1b does not exist (yet)" in said
+    assert r"later\x1b does not exist yet" in said
     assert "link is a symbolic link: the link alone is copied" in said
     assert r"serving files, link, later\x1b at" in said and "to any machine, without a key" in said
     wait_until(lambda: "--insecure: everyone" in node.output)
+
+
+def test_exclude_is_not_of_the_locale() -> None:
+    """Its bytes are those of the file names, whatever the letters are that the locale makes of them."""
+    code = (
+        "import sys, zbackup; args = zbackup.make_parser().parse_args(sys.argv[1:]);"
+        "print(ascii(zbackup.make_node_settings(args, 'h').exclude))"
+    )
+    plain = {**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code, "node", "--exclude", "\N{LATIN SMALL LETTER U WITH DIAERESIS}*"]
+    done = subprocess.run(command, cwd=PROGRAM.parent, env=plain, capture_output=True, text=True, check=True)
+    assert done.stdout == "('\\xfc*',)\n"
 
 
 def test_node_port_taken(world: World) -> None:

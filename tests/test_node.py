@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import shutil
 import signal
 import sqlite3
@@ -576,7 +577,105 @@ def test_database_that_changes_beyond_sqlites_reach_is_an_error(tree: Path, monk
 
     monkeypatch.setattr(zbackup, "_copy_plainly", copy_and_change)
     with open(path, "rb") as file, pytest.raises(OSError, match="changed while it was copied"):
-        zbackup.recover_database(zbackup.Origin(path, file.fileno()), str(tree / "copy"))
+        zbackup.recover_database(zbackup.Origin(path, file.fileno()), str(tree / "copy"), zbackup.make_clock())
+
+
+EXCLUSIVE = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA synchronous = OFF")
+connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+connection.execute("PRAGMA journal_mode = WAL")
+connection.execute("INSERT INTO t VALUES (3000, 'x')")
+print("open", flush=True)
+while sys.argv[2] == "busy":
+    connection.execute("UPDATE t SET b = randomblob(100) WHERE a = 1")
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("work", ["idle", "busy"])
+def test_database_that_its_program_holds_for_itself(tree: Path, work: str) -> None:
+    """Its log has no index, so it is copied plainly: only where nothing changes it, which its times must tell."""
+    make_database(tree / "files/bd", rows=3000).close()
+    holder = run_child(EXCLUSIVE, tree / "files/bd", work)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "open\n"
+        assert not (tree / "files/bd-shm").exists()
+        fields, data = copy(tree)
+    finally:
+        holder.kill()
+        holder.communicate()
+    if work == "idle":
+        assert fields["grade"] == "frozen"
+        assert query(tree, data, "SELECT count(*) FROM t") == [(3001,)]
+    else:
+        assert fields["status"] == "error"
+        assert re.search("changed while it was copied|without a pause", fields["error"])
+
+
+def test_database_copied_plainly_waits_for_the_grain_of_its_times(tree: Path) -> None:
+    moment = [0]
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        moment[0] += int(seconds * 1e9)
+
+    path = tree / "files/bd"
+    make_database(path).close()
+    (tree / "files/bd-journal").write_bytes(b"x")
+    newest = max(zbackup.stat_database(str(path))[2][1:3])  # type: ignore[index]
+    clock = zbackup.Clock(lambda: moment[0], time.monotonic, sleep)
+    moment[0] = newest + 10**6
+    assert zbackup.stat_settled(str(path), clock) == zbackup.stat_database(str(path))
+    assert slept == [zbackup.GRAIN]
+    restless = zbackup.Clock(lambda: newest + 10**6, time.monotonic, slept.append)
+    with pytest.raises(OSError, match="without a pause"):
+        zbackup.stat_settled(str(path), restless)
+    assert len(slept) == 1 + zbackup.SETTLINGS
+
+
+def test_log_beside_a_database_that_has_none_leaves_no_index(tree: Path) -> None:
+    make_database(tree / "files/bd").close()
+    with contextlib.closing(make_database(tree / "logged", wal=True)):
+        shutil.copyfile(tree / "logged-wal", tree / "files/bd-wal")
+    fields, data = copy(tree)
+    assert sorted(os.listdir(tree / "files")) == ["bd", "bd-wal"]
+    assert fields["grade"] == "frozen"
+    assert query(tree, data, "SELECT count(*) FROM t")
+
+
+def test_unreadable_page_of_a_database_is_damage(tree: Path) -> None:
+    """What SQLite reports of the disk is of the same class as what it says of an unknown collation."""
+
+    class Failing:
+        def execute(self, statement: str) -> None:
+            raise sqlite3.OperationalError("disk I/O error")
+
+    assert zbackup.run_check(Failing()) == "disk I/O error"  # type: ignore[arg-type]
+
+
+def test_file_written_without_a_pause_is_noted(tree: Path) -> None:
+    """Its times cannot tell whether it changed while it was read."""
+    path = tree / "files/bd"
+    path.write_bytes(b"1")
+
+    def touch(seconds: float = 0) -> None:
+        time.sleep(seconds)
+        os.utime(path)
+
+    clock = zbackup.Clock(time.time_ns, time.monotonic, touch)
+    source = make_source(tree, clock=clock)
+    reader = Files(source)
+    touch()
+    restless = reader.read(Ask(b"files/bd", 0, [], b""))[0]
+    time.sleep(2 * zbackup.GRAIN)
+    at_rest = reader.read(Ask(b"files/bd", 0, [], b""))[0]
+    reader.close()
+    source.close()
+    assert restless["note"] == zbackup.RESTLESS
+    assert "note" not in at_rest
 
 
 def test_frozen_copies_leave_nothing_in_the_spool(tree: Path) -> None:

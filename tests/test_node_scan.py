@@ -476,6 +476,58 @@ def test_root_that_is_a_mount_is_entered(tree: Path) -> None:
         assert b"files/a" in scan(tree, one_file_system=True)
 
 
+@pytest.mark.skipif(not ROOT, reason="only root can mount")
+def test_mount_named_beside_a_folder_above_it(tree: Path) -> None:
+    for name in ("mount", "other"):
+        (tree / "files" / name).mkdir()
+    with mounted(tree / "files/mount"), mounted(tree / "files/other"):
+        (tree / "files/mount/deep").mkdir()
+        (tree / "files/mount/deep/a").write_text("data")
+        (tree / "files/other/b").write_text("data")
+        named = ("files", "files/mount")
+        listed = scan(tree, *named, one_file_system=True)
+        assert read(tree, b"files/mount/deep/a", *named, one_file_system=True)["status"] == "whole"
+        assert read(tree, b"files/other/b", *named, one_file_system=True) == {"status": "gone"}
+        inside = scan(tree, "files", "files/mount/deep", one_file_system=True)
+    assert b"files/mount/deep/a" in listed
+    assert b"files/other" in listed and b"files/other/b" not in listed
+    assert set(inside) == {b"files", b"files/mount", b"files/mount/deep", b"files/other"} | {b"files/mount/deep/a"}
+
+
+def test_named_inside_what_is_excluded(tree: Path) -> None:
+    """As one that is named alone: a pattern does not hide it, but what lies beside it."""
+    for name in ("cache/keep/a", "cache/keep/x.tmp", "cache/b", "b"):
+        (tree / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "files" / name).write_text("data")
+    named, patterns = ("files", "files/cache/keep"), ["cache", "*.tmp"]
+    listed = scan(tree, *named, exclude=patterns)
+    above = {b"files", b"files/cache", b"files/cache/keep"}
+    assert set(listed) == above | {b"files/b", b"files/cache/keep/a"}
+    assert read(tree, b"files/cache/keep/a", *named, exclude=patterns)["status"] == "whole"
+    for path in (b"files/cache/b", b"files/cache/keep/x.tmp"):
+        assert read(tree, path, *named, exclude=patterns) == {"status": "gone"}
+
+
+def test_named_behind_a_symlink_is_told_of(tree: Path) -> None:
+    """The folder above it copies the link alone."""
+    (tree / "real").mkdir()
+    (tree / "real/a").touch()
+    (tree / "files/link").symlink_to(tree / "real")
+    (tree / "files/sub").mkdir()
+    (tree / "files/sub/b").touch()
+    roots, missing = zbackup.list_roots(["files", "files/link/a", "files/sub/b", "files/link"], str(tree))
+    assert [(root.stored, root.inner) for root in roots] == [(b"files", (b"files/link", b"files/sub/b"))]
+    assert missing == [str(tree / "files/link/a")]
+    assert set(scan(tree, "files", "files/link")) == {b"files", b"files/link", b"files/sub", b"files/sub/b"}
+    assert zbackup.list_roots(["files/link", "files/link/a"], str(tree))[1] == [str(tree / "files/link/a")]
+
+
+def test_named_inside_the_whole_filesystem(tree: Path) -> None:
+    (tree / "files/a").touch()
+    roots, missing = zbackup.list_roots(["/", str(tree / "files/a")], "/")
+    assert (roots[0].stored, roots[0].inner, missing) == (b"", (os.fsencode(tree / "files/a").strip(b"/"),), [])
+
+
 def test_root_that_went_away_after_it_was_listed(tree: Path) -> None:
     (tree / "files/a").touch()
     (tree / "files/b").touch()
@@ -617,6 +669,19 @@ def test_root_of_the_filesystem(tree: Path) -> None:
     assert read(tree, b"etc/passwd", "/", exclude=patterns) == {"status": "gone"}
 
 
+def test_attributes_of_a_folder_that_cannot_be_read_are_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tree / "files/sub").mkdir()
+    (tree / "files/sub/a").touch()
+
+    def fail(target: int | str) -> dict[str, str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zbackup, "list_xattrs", fail)
+    listed = scan(tree)
+    assert listed[b"files/sub"].error == "its extended attributes cannot be read: Input/output error"
+    assert b"files/sub/a" in listed
+
+
 def test_filesystem_root_that_cannot_be_listed_is_no_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would be a copy of nothing that calls itself good."""
 
@@ -624,7 +689,7 @@ def test_filesystem_root_that_cannot_be_listed_is_no_empty_one(monkeypatch: pyte
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     with pytest.raises(zbackup.NodeError, match="/ cannot be listed: Input/output error"):
-        zbackup._look(SimpleNamespace(folder=fail), b"")  # type: ignore[arg-type]
+        zbackup._look(SimpleNamespace(folder=fail, list_names=None), b"")  # type: ignore[arg-type]
 
 
 def test_root_behind_a_symlink_and_back(tmp_path: Path) -> None:

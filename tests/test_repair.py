@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import FOLDER, PROGRAM, World, held
@@ -252,6 +254,32 @@ def test_file_that_is_gone_is_made_anew_by_repair(small: World, file: str) -> No
     (small.store / file).unlink()
     repair(small.store)
     assert (small.store / file).exists()
+
+
+def test_identity_of_the_store_that_cannot_be_read_is_not_made_anew(small: World) -> None:
+    """A new one would make every node take the server for another."""
+    path = small.store / "zbackup.json"
+    path.rename(small.path / "kept")
+    path.mkdir()
+    done = small.run("repair", code=4)
+    assert "zbackup.json cannot be read: Is a directory" in done.stderr
+    assert path.is_dir()
+
+
+def test_identity_of_the_store_that_the_disk_lost_is_put_aside(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = small.store / "zbackup.json"
+    before = path.read_bytes()
+
+    def fail(name: str, mode: str) -> Any:
+        assert name == str(path)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(z, "open", fail, raising=False)
+    assert z.repair_identity(str(small.store))
+    monkeypatch.undo()
+    assert [file.read_bytes() for file in (small.store / "aside").glob("zbackup.json.*")] == [before]
+    with contextlib.closing(z.open_store(str(small.store))) as store:
+        assert store.identity.encode() not in before
 
 
 def test_identity_of_the_store_outlives_a_new_readme(small: World) -> None:

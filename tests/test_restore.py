@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import random
@@ -1447,6 +1448,43 @@ def test_acl_of_the_folder_is_not_taken_over(world: World, where: str) -> None:
     for path in ("d", "d/fifo", "d/secret"):
         assert os.listxattr(restored / path) == [], path
     assert (restored / "d/secret").stat().st_mode & 0o777 == 0o640
+
+
+def test_acl_that_stays_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that more may read than before is not as it was."""
+    path = tmp_path / "secret"
+    path.touch()
+    try:
+        os.setxattr(path, "system.posix_acl_access", make_acl(65534))
+    except OSError:
+        pytest.skip("no ACLs here")
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "removexattr", fail)
+    attributes = zbackup.Attributes(zbackup.RestoreOptions())
+    with open(path, "r+b") as file:
+        attributes.set_file(
+            file.fileno(), zbackup.decode_stat(zbackup.encode_stat(zbackup.Stat(b"secret", "file"))), zbackup.Content()
+        )
+    assert attributes.unset == {"extended attribute system.posix_acl_access": 1}
+
+
+def test_symlink_in_place_of_a_fifo_is_not_followed(tmp_path: Path) -> None:
+    """Put there by another user in the moment before the mode is set."""
+    (tmp_path / "victim").write_text("data")
+    (tmp_path / "victim").chmod(0o600)
+    (tmp_path / "fifo").symlink_to("victim")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match="replaced while it was restored"):
+            zbackup.Attributes(zbackup.RestoreOptions()).set_other(
+                folder, b"fifo", zbackup.Stat(b"fifo", "fifo", 0o666)
+            )
+    finally:
+        os.close(folder)
+    assert (tmp_path / "victim").stat().st_mode & 0o777 == 0o600
 
 
 def test_folder_that_was_not_read_is_told(world: World) -> None:

@@ -346,6 +346,16 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE))
     assert done.stdout == f"{limit} {limit}\n", done.stderr
 
 
+@pytest.mark.parametrize("role", [["server", "--once", "--range", "9"], ["node", "--file", "files"]])
+def test_too_few_descriptors_for_libzmq(world: World, role: list[str]) -> None:
+    """It ends the process where it gets none: said before."""
+    command = f"ulimit -n 40; exec {sys.executable} -m zbackup {shlex.join(role)}"
+    env = {**os.environ, "PYTHONPATH": str(PROGRAM.parent)}
+    done = subprocess.run(["sh", "-c", command], env=env, cwd=world.path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "zbackup: only 40 files can be open at once, and it takes 64: see ulimit -n\n"
+
+
 # ---- units ----
 
 

@@ -469,6 +469,19 @@ def test_pin_outlives_the_loss_of_node_json(pinned: World) -> None:
     assert pinned.known()[0]["KEY"] == old and only_row(pinned.sweep())["exit_code"] == 0
 
 
+@pytest.mark.parametrize("loss", ["gone", "damaged"])
+def test_trust_and_forget_without_node_json(pinned: World, loss: str) -> None:
+    """The node's snapshots tell who it is, as they do to a sweep."""
+    node_json = pinned.store / FOLDER / "node.json"
+    for command in (["trust", FOLDER, "a" * 40], ["forget", FOLDER]):
+        node_json.unlink() if loss == "gone" else node_json.write_bytes(b"damaged")
+        done = pinned.run(*command, code=None)
+        assert done.returncode in (0, 4) and "Traceback" not in done.stderr, done.stderr
+        known = json.loads(node_json.read_text())
+        assert known["identity"] == ("a" * 40 if command[0] == "trust" else "")
+        assert known["first_seen"]
+
+
 # ---- the plan, without sockets ----
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -666,6 +667,26 @@ def test_pack_of_a_codec_that_this_python_lacks_is_not_damaged(small: World, mon
         assert code == 4
     assert not list(small.store.glob("damage/*"))
     assert verify(small.store)[0] == 0
+
+
+@pytest.mark.parametrize("call", ["_read_pack", "read_pack_index"])
+def test_sound_pack_while_there_are_no_descriptors(small: World, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The moment says nothing of the pack: noted as damaged, it would be until `repair`."""
+
+    def fail(*arguments: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(z, call, fail)
+    with contextlib.closing(z.open_store(str(small.store))) as store:
+        name, path = next(iter(z.list_packs(store.packs).items()))
+        with pytest.raises(OSError, match="Too many open files"):
+            if call == "_read_pack":
+                z.verify_pack(store.reader(), name, path)
+            else:
+                store.index.remove_pack(name)
+                store.load_index()
+        monkeypatch.undo()
+        assert store.list_damage(store.load_index()) == {}
 
 
 def test_damaged_pack_beside_one_that_cannot_be_read_here(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
