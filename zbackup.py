@@ -8563,10 +8563,8 @@ class Pull:
             if slot.done:
                 return
             if content:
-                if not reading.steady:
-                    content = content._replace(grade="torn")
-                    self.intake.tally.note(slot.stat.path, f"was changing all the time; read {number} times")
-                self._finish(slot, content, reading.note)
+                restless = "" if reading.steady else f"was changing all the time; read {number} times"
+                self._finish(slot, content, "; ".join(filter(None, (restless, reading.note))))
                 return
             tables = [ChunkTable(reader, reading.chunks.content(0, "")), *tables[: len(old)]]
             self.intake.peer.wire.stop.wait(settings.pause * 2 ** (number - 1))

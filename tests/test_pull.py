@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -753,7 +754,9 @@ def test_file_that_changes_all_the_time(world: World) -> None:
     for _ in start_writer(world, REWRITE):
         torn = pull(world, "--pause", "50ms", code=1)
     assert (torn["grade"], torn["torn"], torn["files"]) == ("torn", 1, 2)
-    assert torn["problems"] == [{"path": "files/file", "message": "was changing all the time; read 5 times"}]
+    (problem,) = torn["problems"]
+    assert problem["path"] == "files/file"
+    assert re.fullmatch(f"was changing all the time; read 5 times(; {zbackup.RESTLESS})?", problem["message"])
     assert torn["finished"] - torn["started"] > 750_000_000  # 50 + 100 + 200 + 400 ms
     (entry,) = (entry for entry in read_entries(world) if entry.stat.path == b"files/file")
     assert entry.content.grade == "torn"
@@ -770,7 +773,7 @@ def test_file_that_grows_all_the_time(world: World) -> None:
     for _ in start_writer(world, GROW):
         torn = pull(world, "--pause", "10ms", "--tries", "3", code=1)
     assert (torn["grade"], torn["torn"]) == ("torn", 1)
-    assert torn["problems"][0]["message"] == "was changing all the time; read 3 times"
+    assert torn["problems"][0]["message"].startswith("was changing all the time; read 3 times")
     back = world.restore(code=None)
     assert (back / "files/file").read_bytes()[: 8 * MIB] == start
     assert not [problem for problem in torn["problems"] if "length" in problem["message"]]
