@@ -1622,13 +1622,21 @@ def copy_range(source: int, target: int, length: int, offset: int) -> None:
         length, offset = length - done, offset + done
 
 
+def _are_equal(path: str, other: str) -> bool:
+    import filecmp
+
+    with contextlib.suppress(OSError):  # what cannot be read is not known to be equal
+        return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
+    return False
+
+
 def keep_durably(path: str, to: str) -> None:
     """Give a file a second name, or a copy where there are no links; FileExistsError if another file has that name."""
     make_folder(os.path.dirname(to))
     try:
         os.link(path, to, follow_symlinks=False)
     except FileExistsError:
-        if not os.path.samefile(path, to):
+        if not _are_equal(path, to):
             raise
     except OSError as error:
         if error.errno not in NO_LINKS:

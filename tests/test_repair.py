@@ -359,6 +359,24 @@ def test_damaged_snapshot_in_the_trash_goes_aside(small: World) -> None:
     small.run("verify")
 
 
+def test_pack_goes_aside_once_where_there_are_no_hard_links(small: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept there before anything is done, and is there again when it is taken out of the packs."""
+
+    def fail(source: str, path: str, **options: Any) -> None:
+        number = errno.EEXIST if os.path.lexists(path) else errno.EPERM
+        raise OSError(number, os.strerror(number))
+
+    with contextlib.closing(z.open_store(str(small.store))) as store:
+        path = min(z.list_packs(store.packs).values())
+        break_byte(Path(path), 100)
+        data = Path(path).read_bytes()
+        monkeypatch.setattr(os, "link", fail)
+        places = [z.keep_aside(store, path), z.put_aside(store, path)]
+    assert places[0] == places[1]
+    assert [file.read_bytes() for file in (small.store / "aside").iterdir()] == [data]
+    assert not os.path.exists(path)
+
+
 def test_two_files_of_one_name_go_aside(small: World) -> None:
     """The second time it gets another name: nothing is overwritten."""
     for turn in (1, 2, 3):
