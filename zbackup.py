@@ -3845,7 +3845,7 @@ class NodeFolder:
                 with contextlib.suppress(OSError), open(entry.path, "rb") as file:
                     head = file.read(200)
                 sequence = re.search(rb'"sequence": (\d+)', head)
-                found.append((int(sequence[1]) if sequence else 0, entry.name[:-5]))
+                found.append((int(sequence[1]) if sequence else sys.maxsize, entry.name[:-5]))  # damage is told at once
         for _, name in sorted(found, reverse=True):
             try:
                 yield self.load_snapshot(name)
@@ -8697,7 +8697,7 @@ class Copier:
             return replace(report, error=explain_fault(error), exit_code=BackupError.exit_code)
 
     def _copy(self, target: Target, folder: NodeFolder, report: NodeReport) -> NodeReport:
-        self._save_known(target, folder)
+        released = self._save_known(target, folder).released
         newest = next(folder.newest(), None)
         reader = self.store.reader()
         writer = PackWriter(self.store.packs, self.store.index, ZSTD if load_zstd() else ZLIB, self.settings.level)
@@ -8710,7 +8710,7 @@ class Copier:
             start = Snapshot(
                 name=name_time(self.wire.clock.now()),
                 folder=folder.name,
-                sequence=1 + (newest.sequence if newest else 0),
+                sequence=1 + max(newest.sequence if newest else 0, released),  # whose file may be damaged by now
                 started=self.wire.clock.now(),
                 finished=0,
                 grade="partial",
@@ -8790,7 +8790,7 @@ class Copier:
             return None
         return self._save(intake, folder, replace(snapshot, blocks=blocks))
 
-    def _save_known(self, target: Target, folder: NodeFolder) -> None:
+    def _save_known(self, target: Target, folder: NodeFolder) -> Known:
         now = self.wire.clock.now()
         try:
             known = folder.load_known()
@@ -8800,7 +8800,9 @@ class Copier:
             raise NodeError("what is known of it has changed, as by `trust`; the next sweep copies it", "late")
         known = replace(known, identity=target.hello.identity, name=show(target.hello.name), offered="")
         addresses = tuple(map(str, target.addresses[:ADDRESSES_KEPT]))
-        folder.save_known(replace(known, addresses=addresses, last_seen=now))
+        known = replace(known, addresses=addresses, last_seen=now)
+        folder.save_known(known)
+        return known
 
 
 def report_probe(found: Probe) -> NodeReport:

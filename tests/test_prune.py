@@ -1826,6 +1826,20 @@ def test_alarm_when_data_seem_lost(office: World, harm: Callable[[World], None],
     assert names_of(office) == names[2:]
 
 
+def test_alarm_after_the_released_one_was_damaged(office: World) -> None:
+    """It is another one, whatever the number of the last snapshot that can be read."""
+    (first,) = names_of(office)
+    empty_folder(office)
+    assert alarm(office, code=1)
+    do(office, "release", FOLDER)
+    flagged = names_of(office)[1]
+    (office.store / FOLDER / "snapshots" / f"{flagged}.json").write_bytes(b"damaged")
+    assert alarm(office, code=4)
+    office.run("repair", code=None)
+    do(office, "prune", "--keep", "last 1", "--grace", "0")
+    assert first in names_of(office)
+
+
 def test_alarm_is_in_the_report_as_json(office: World) -> None:
     empty_folder(office)
     (node,) = office.sweep(code=1)["nodes"]
