@@ -162,7 +162,7 @@ UNREAD_QUESTIONS = 40  # the same for a node: what a server has in flight is bel
 WORKING_LIMIT = 100  # of "still working" in answer to one question, and as many again in each second
 NEIGHBOURS = 1024  # addresses in the kernel's table of neighbours; silent ones may fill half of it
 NEIGHBOUR_TIME = 3.2  # s that a silent address keeps its place in the kernel's table
-FEWEST_DESCRIPTORS = 64
+FEWEST_DESCRIPTORS = 64  # that this process must be allowed: libzmq ends one that has none left
 DESCRIPTORS = 8192  # that a node uses at most: half-open connections take 10 KB of memory each
 
 # What decides in KEEP.
