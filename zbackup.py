@@ -3842,8 +3842,13 @@ class NodeFolder:
         for entry in os.scandir(self.snapshots):
             if entry.name.endswith(".json") and not entry.name.startswith("."):
                 head = b""
-                with contextlib.suppress(OSError), open(entry.path, "rb") as file:
-                    head = file.read(200)
+                try:
+                    with open(entry.path, "rb") as file:
+                        head = file.read(200)
+                except FileNotFoundError:
+                    continue  # pruned meanwhile
+                except OSError:
+                    pass
                 sequence = re.search(rb'"sequence": (\d+)', head)
                 found.append((int(sequence[1]) if sequence else sys.maxsize, entry.name[:-5]))  # damage is told at once
         for _, name in sorted(found, reverse=True):
