@@ -4142,6 +4142,11 @@ def encode_identity(identity: str) -> bytes:
     return encode_file({"id": identity, "features": list(FEATURES), "readme": proof})
 
 
+def is_store(path: str) -> bool:
+    """Tell whether there is a store, damaged or not."""
+    return os.path.exists(os.path.join(path, "zbackup.json"))
+
+
 def make_store_folder(path: str) -> None:
     """Make the folder of a store, or take one that is empty: it is private then.
 
@@ -4227,7 +4232,7 @@ def open_store(path: str, create: bool = False, alone: bool = False) -> Store:
     LockedStore when others have it open who must not.
     """
     try:
-        if create and not os.path.exists(os.path.join(path, "zbackup.json")):
+        if create and not is_store(path):
             _create_store(path)
         identity = _load_identity(path)
         lock = lock_store(path, alone)
@@ -9995,19 +10000,30 @@ def restore_snapshot(
 # ---- latest: the newest version as plain files ----
 
 
-def _remove_one(folders: Folders, path: bytes, is_folder: bool) -> list[Problem]:
+def _remove_one(folders: Folders, path: bytes, kind: str) -> dict[bytes, Problem]:
+    """Remove what is of this kind; returns the problem by its path."""
     try:
         folder, name = folders.parent(path)
-        if is_folder:
+        if stat_bits.S_IFMT(os.lstat(name, dir_fd=folder).st_mode) != KIND_BITS[kind]:
+            return {}  # something else by now: of a newer snapshot, or not ours
+        if kind == "directory":
             os.rmdir(name, dir_fd=folder)
             folders.forget()  # one of the same name may come
         else:
             os.unlink(name, dir_fd=folder)
     except OSError as error:
-        # Gone, or something else by now: done in an earlier run, or not ours.
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR):
-            return [Problem(show(b"latest/" + path), f"cannot be removed: {explain(error)}")]
-    return []
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # gone: done in an earlier run
+            return {path: Problem(show(b"latest/" + path), f"cannot be removed: {explain(error)}")}
+    return {}
+
+
+def _is_there(folders: Folders, path: bytes) -> bool:
+    try:
+        folder, name = folders.parent(path)
+        os.lstat(name, dir_fd=folder)
+    except OSError as error:
+        return error.errno not in GONE
+    return True
 
 
 def _looks_equal(left: Entry, right: Entry) -> bool:
@@ -10026,6 +10042,21 @@ def _looks_equal(left: Entry, right: Entry) -> bool:
         right.content.size,
         right.content.error,
     )
+
+
+def _hides(left: Entry | None, right: Entry) -> bool:
+    """Tell whether an entry does not say what is there now: of a folder not listed, or of what could not be looked at.
+
+    The latter is listed as a file, whatever it is.
+    """
+    is_folder = right.stat.kind == "directory"
+    return bool(right.stat.error) and (is_folder or (left is not None and left.stat.kind != right.stat.kind))
+
+
+def _thin(older: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the snapshots to be kept in mind: the first had most of what was not seen since, the last the rest."""
+    half = OLDER_KEPT // 2
+    return older if len(older) <= OLDER_KEPT else older[:half] + older[-half:]
 
 
 class Latest:
@@ -10072,10 +10103,15 @@ class Latest:
         try:
             again = self.folder.load_snapshot(state.next)
         except (OSError, FormatError):
-            older = replace(state, next="").snapshots[-OLDER_KEPT:]
-            return LatestState(token=state.token, older=older)
-        if self._apply(state, again):  # what is there is of either: all counts as new
-            return LatestState(token=state.token, older=state.snapshots[-OLDER_KEPT:])
+            return LatestState(token=state.token, older=_thin(replace(state, next="").snapshots))
+        try:
+            problems = self._apply(state, again)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            problems = [Problem("latest", explain(error))]  # what is newer may need less room
+        if problems:  # what is there is of either: all counts as new
+            return LatestState(token=state.token, older=_thin(state.snapshots))
         return replace(state, snapshot=state.next, next="", token="", older=self.load().older)
 
     def _apply(self, state: LatestState, snapshot: Snapshot) -> list[Problem]:
@@ -10083,12 +10119,16 @@ class Latest:
         make_folder(self.path)
         options = RestoreOptions(overwrite=True, private=True, token=state.token, workers=self.workers)
         writer = FileWriter(self.reader, self.path, options)
-        problems, unread = [], False
+        kept: dict[bytes, Problem] = {}
+        unread = False
         try:
             for name in (*state.older, state.snapshot):
                 changed = without_common(self.reader, self._blocks(name), snapshot.blocks)
-                found, unread = self._remove(writer, self._compare(*changed), bool(snapshot.missing))
-                problems += found
+                found, stays = self._remove(writer, self._compare(*changed), bool(snapshot.missing))
+                kept.update(found)
+                unread = unread or stays
+            # A folder of an older snapshot that was not empty may have gone with what a newer one had in it.
+            problems = [problem for path, problem in kept.items() if _is_there(writer.folders, path)]
             due = (
                 (right, left)
                 for left, right in self._compare(*changed)  # with the last one, which it shows
@@ -10099,7 +10139,7 @@ class Latest:
             writer.finish()
         finally:
             writer.close()
-        older = tuple(filter(None, (*state.older, state.snapshot)))[-OLDER_KEPT:] if unread else ()
+        older = _thin(tuple(filter(None, (*state.older, state.snapshot)))) if unread else ()
         problems += writer.problems
         if not problems:  # else it is tried again
             self.folder.save_latest(LatestState(snapshot.name, older=older))
@@ -10112,23 +10152,17 @@ class Latest:
 
     def _remove(
         self, writer: FileWriter, pairs: Iterator[tuple[Entry | None, Entry | None]], everything_stays: bool
-    ) -> tuple[list[Problem], bool]:
+    ) -> tuple[dict[bytes, Problem], bool]:
         """Remove what the old snapshot had and the new one has not, or has as something else.
 
-        Returns the problems, and whether there are folders that could not be listed: what they
+        Returns the problems by their paths, and whether there are folders that could not be listed: what they
         held is left, as is all where a root is missing, perhaps a disk that is not mounted.
         """
-        problems: list[Problem] = []
+        problems: dict[bytes, Problem] = {}
         folders: list[bytes] = []  # emptied, innermost last
         unread = b"" if everything_stays else None
         for left, right in pairs:
-            if (
-                unread != b""
-                and right
-                and b'"error"' in right.line
-                and right.stat.error
-                and right.stat.kind == "directory"
-            ):
+            if unread != b"" and right and b'"error"' in right.line and _hides(left, right):
                 unread = right.stat.path
             if left is None or (right and (right.line == left.line or right.stat.kind == left.stat.kind)):
                 continue
@@ -10136,17 +10170,27 @@ class Latest:
             if unread is not None and is_at_or_below(path, unread):
                 continue
             while folders and not is_at_or_below(path, folders[-1]):
-                problems += _remove_one(writer.folders, folders.pop(), True)
+                problems.update(_remove_one(writer.folders, folders.pop(), "directory"))
             if left.stat.kind == "directory":
                 folders.append(path)
             else:
-                problems += _remove_one(writer.folders, path, False)
+                problems.update(_remove_one(writer.folders, path, left.stat.kind))
         while folders:
-            problems += _remove_one(writer.folders, folders.pop(), True)
+            problems.update(_remove_one(writer.folders, folders.pop(), "directory"))
         return problems, unread is not None
 
 
 # ---- what was restored, or stands in `latest`, compared with the store ----
+
+
+def is_hole(fd: int, start: int, end: int) -> bool:
+    """Tell whether an open file has nothing but a hole there, where the filesystem can tell."""
+    if not hasattr(os, "SEEK_DATA"):
+        return False
+    try:
+        return os.lseek(fd, start, os.SEEK_DATA) >= end
+    except OSError as error:
+        return error.errno == errno.ENXIO  # a hole up to the end of the file
 
 
 def has_content(reader: Reader, content: Content, fd: int) -> bool:
@@ -10155,6 +10199,9 @@ def has_content(reader: Reader, content: Content, fd: int) -> bool:
         return False
     at = 0
     for chunk in list_chunks(reader, content):
+        if isinstance(chunk, int) and is_hole(fd, at, min(at + chunk * CHUNK, content.size)):
+            at = min(at + chunk * CHUNK, content.size)
+            continue
         for digest in itertools.repeat(b"", chunk) if isinstance(chunk, int) else (chunk,):
             data = read_range(fd, CHUNK, at)
             if data.count(0) != len(data) if not digest else digest_pages(hash_pages(data)) != digest:
@@ -10202,7 +10249,7 @@ def verify_latest(folder: NodeFolder, reader: Reader, wanted: Callable[[Entry], 
 def repair_latest(folder: NodeFolder, reader: Reader) -> list[Problem]:
     """Write all files of `latest` anew from the snapshot that it shows."""
     state = folder.load_latest()
-    folder.save_latest(LatestState(older=state.snapshots[-OLDER_KEPT:]))
+    folder.save_latest(LatestState(older=_thin(state.snapshots)))
     return Latest(folder, reader).update(folder.load_snapshot(state.snapshot))
 
 
@@ -10267,8 +10314,8 @@ def drill_node(reader: Reader, snapshot: Snapshot, to: str, count: int) -> Drill
         with contextlib.closing(Folders(os.open(to, FOLDER_FLAGS))) as folders:
             differing = ((entry, _differs(reader, folders, entry)) for entry in chosen)
             lost += [Problem(show(entry.stat.path), f"was restored, and {what}") for entry, what in differing if what]
-    database = next((entry for entry in chosen[-1:] if entry.stat.database), None)
-    if database and database.content.grade != "torn":
+    database = next((e for e in chosen[-1:] if e.stat.database and e.content.grade != "torn"), None)
+    if database:
         said = check_database(os.path.join(to, os.fsdecode(database.stat.path)), "integrity_check")
         lost += [Problem(show(database.stat.path), f"integrity_check says: {said}")] if said else []
     shown = show(database.stat.path) if database else ""
@@ -10424,9 +10471,10 @@ def format_harm(harm: Harm) -> Iterator[str]:
 
 def format_damage(report: VerifyReport) -> list[str]:
     """Return one line for each thing that is damaged, but for the files of nodes."""
-    lines = [
-        f"pack {check.name}: {check.problem}; {len(check.bad)} of its chunks are damaged" for check in report.damaged
-    ]
+    lines = []
+    for check in report.damaged:
+        count = f"; {len(check.bad)} of its chunks are damaged" if check.size or check.bad else ""  # else not read now
+        lines.append(f"pack {check.name}: {check.problem}{count}")
     lines += [f"pack {name} is lost" for name in report.lost]
     lines += [f"{path}: {problem}" for path, problem in report.files]
     return lines + list(report.problems)
@@ -11364,7 +11412,8 @@ def run_server(args: argparse.Namespace) -> int:
     settings = ServerSettings(**{name: getattr(args, name) for name in vars(ServerSettings())})
     raise_file_limit()
     if args.user:
-        give_folder(settings.store, args.user)
+        if settings.create or is_store(settings.store):
+            give_folder(settings.store, args.user)
         become_user(args.user)
     stop = threading.Event()
     code = 0
@@ -11372,7 +11421,8 @@ def run_server(args: argparse.Namespace) -> int:
         while not stop.is_set():
             started = clock.monotonic()
             code = sweep_once(addresses, settings, (clock, stop), output)
-            settings = replace(settings, create=False)  # one that has gone since is on a disk that is not there
+            if is_store(settings.store):
+                settings = replace(settings, create=False)  # when it has gone, it is on a disk that is not there
             if args.keep and not stop.is_set():
                 code = worst_code(code, prune_store(args, (clock, stop), output))
             if args.once:
@@ -11496,13 +11546,15 @@ def run_repair(args: argparse.Namespace) -> int:
             output.say("repair: this was a dry run, nothing is changed")
             return 0 if report.sound else StoreError.exit_code
         done = execute_repair(store, harm, plan)
+        code = 0
         for name in sorted({inside[path][0] for path in stale}):
             for problem in repair_latest(store.node(name), harm.reader):
                 output.warn(f"{name}: {problem.path}: {problem.message}")
+                code = BackupError.exit_code
         for line in format_repaired(done):
             output.say(line)
         store.save_reserve(args.reserve)
-        return 0
+        return code
 
 
 def drill_in_scratch(reader: Reader, snapshot: Snapshot, args: argparse.Namespace) -> Drill:
@@ -11530,7 +11582,7 @@ def find_drill_code(drills: Sequence[Drill]) -> int:
         return StoreError.exit_code
     if any(drill.hindered for drill in drills):
         return RestoreError.exit_code
-    return 0 if drills else NOBODY
+    return 0 if any(drill.files for drill in drills) else NOBODY
 
 
 def run_drill(args: argparse.Namespace) -> int:
@@ -11547,12 +11599,12 @@ def run_drill(args: argparse.Namespace) -> int:
                 continue
             started = clock.monotonic()
             drill = replace(drill_in_scratch(reader, snapshot, args), succeeded=times.get(node.folder, 0))
-            drills.append(drill)
             failed = drill.problems or drill.hindered
             for line in format_drill(drill, clock.monotonic() - started):
                 (output.warn if failed else output.say)(line)
-            if not failed:
+            if drill.files and not failed:
                 times[node.folder] = clock.now()
+            drills.append(replace(drill, succeeded=times.get(node.folder, 0)))
         save_times(store, DRILLED, times)
         if args.json:
             print(json.dumps([{**vars(d), "problems": [vars(p) for p in d.problems]} for d in drills]))
@@ -11737,6 +11789,8 @@ def print_entries(args: argparse.Namespace, store: Store, folder: NodeFolder) ->
     """Print the entries of a snapshot, or the versions of a path."""
     path = clean_path(args.path or "")
     if args.at is None:
+        if not path:
+            raise UsageError(f"which path? `list {folder.name} --at latest` lists all that the last snapshot has")
         make_listing = functools.partial(list_versions, store, folder, path)
         nothing = f"no snapshot of {folder.name} has {show(path)}; see `list {folder.name} --at latest`"
     else:
@@ -11751,6 +11805,8 @@ def print_entries(args: argparse.Namespace, store: Store, folder: NodeFolder) ->
 
 def run_list(args: argparse.Namespace) -> int:
     """List nodes, a node's snapshots, the versions of a path, or the entries of a snapshot."""
+    if args.at is not None and (args.trash or args.node is None):
+        raise UsageError("--at is for the files of a NODE: name one, and leave --trash out")
     with contextlib.closing(open_command(args)) as store:
         if args.node is None:
             rows = list_nodes(store)

@@ -82,7 +82,8 @@ def test_drill_in_json(small: World) -> None:
     (found,) = drill(small)
     newest = small.listed(FOLDER)[-1]["SNAPSHOT"]
     assert (found["node"], found["snapshot"], found["files"]) == (FOLDER, newest, 6)
-    assert (found["database"], found["problems"], found["succeeded"]) == ("files/base.db", [], before)
+    assert (found["database"], found["problems"]) == ("files/base.db", [])
+    assert found["succeeded"] == load_succeeded(small)[FOLDER] > before
     sizes = (path.stat().st_size for path in small.files.rglob("*") if path.is_file() and not path.is_symlink())
     assert found["size"] == sum(sizes)
     assert load_succeeded(small)[FOLDER] > before
@@ -173,6 +174,7 @@ def test_integrity_check_finds_a_bad_database(world: World, grade: str) -> None:
         folder.save_snapshot(new)
     (found,) = drill(world, code=0 if grade == "torn" else 4)
     assert (found["snapshot"], found["files"]) == (new.name, 1)
+    assert found["database"] == ("" if grade == "torn" else "files/base.db")
     assert ["integrity_check says" in problem["message"] for problem in found["problems"]] == (
         [] if grade == "torn" else [True]
     )
@@ -182,6 +184,28 @@ def test_drill_of_an_empty_store(world: World) -> None:
     """Nothing to restore: 5, as where nobody answered."""
     world.run(*world.server_flags("--reserve", "0"), code=5)
     assert drill(world, code=5) == []
+
+
+def test_drill_of_a_node_without_files(world: World) -> None:
+    world.node()
+    world.sweep("--reserve", "0")
+    (found,) = drill(world, code=5)
+    assert (found["files"], found["succeeded"]) == (0, 0) and load_succeeded(world) == {}
+
+
+def test_first_drill_tells_when_it_succeeded(small: World) -> None:
+    (found,) = drill(small)
+    assert found["succeeded"] == load_succeeded(small)[FOLDER] > 0
+
+
+def test_drill_of_a_hole_does_not_read_it(world: World) -> None:
+    with open(world.files / "image", "wb") as image:
+        image.write(b"x")
+        image.truncate(4 << 40)
+    world.node()
+    world.sweep("--reserve", "0")
+    assert drill(world)[0]["files"] == 1  # 4 TiB: else this takes hours
+    world.run("verify")
 
 
 def test_drill_of_a_node_that_has_no_whole_version(small: World) -> None:

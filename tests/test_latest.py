@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import stat as stat_bits
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,72 @@ def folder(path: str) -> zbackup.Stat:
 
 def link(path: str, target: bytes) -> zbackup.Stat:
     return describe(path, "symlink", target=target)
+
+
+# ---- what is not seen for a while ----
+
+
+def test_kind_that_changed_while_a_root_was_missing(series: Series) -> None:
+    """What older snapshots had there is gone already: what stands there now is of a newer one."""
+    first = [(folder("files"), None), (link("files/p", b"target"), None), (file("files/q"), b"a file")]
+    second = [(folder("files"), None), (file("files/p"), b"now a file"), (link("files/q", b"target"), None)]
+    disk = [(folder("disk"), None), (file("disk/a"), b"a")]
+    assert series.show(*disk, *first) == []
+    for missing in (("disk",), ()):
+        for _ in range(2):
+            assert series.show(*([] if missing else disk), *second, missing=missing) == []
+            assert series.texts() == {"disk/a": "a", "files/p": "now a file"}
+            assert os.readlink(series.latest / "files/q") == "target"
+
+
+def test_folder_of_an_older_snapshot_that_goes_with_what_a_newer_one_had_in_it(series: Series) -> None:
+    old = [(folder("D"), None), (file("D/x"), b"x")]
+    assert series.show((file("disk"), b"disk"), *old) == []
+    assert series.show(*old, (file("D/y"), b"y"), missing=("disk",)) == []
+    assert series.show((file("disk"), b"disk")) == []
+    assert list_tree(series.latest) == {"disk": "file"}
+
+
+def test_what_could_not_be_looked_at_stays(series: Series) -> None:
+    """It is listed as a file, whatever it is: a folder may be listed that may not be searched."""
+    whole = [(folder("p"), None), (file("p/f"), b"f"), (link("p/ln", b"f"), None), (folder("p/sub"), None)]
+    whole.append((file("p/sub/g"), b"g"))
+    assert series.show(*whole) == []
+    said = "Permission denied"
+    denied = [(file(f"p/{name}", error=said), zbackup.Content(error=said)) for name in ("f", "ln", "sub")]
+    before = list_tree(series.latest)
+    for _ in range(2):
+        assert series.show((folder("p"), None), *denied) == []
+        assert list_tree(series.latest) == before
+    assert series.show((folder("p"), None), (file("p/f"), b"new!")) == []
+    assert series.texts() == {"p/f": "new!"} and not (series.latest / "p/sub").exists()
+
+
+def test_many_snapshots_without_a_root_keep_the_first_in_mind(series: Series) -> None:
+    """It alone knows what else the root had, which may have gone when the root is back."""
+    rest = (file("b"), b"b")
+    assert series.show(rest, (file("disk"), b"disk")) == []
+    for _ in range(zbackup.OLDER_KEPT + 2):
+        assert series.show(rest, missing=("disk",)) == []
+    assert (series.latest / "disk").exists()
+    assert series.show(rest) == []
+    assert list_tree(series.latest) == {"b": "file"}
+
+
+def test_disk_that_was_too_small_for_a_file_that_has_gone(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(small)]).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        series = Series(small / "backups")
+        assert series.show((file("a"), b"a")) == []
+        with pytest.raises(zbackup.FullStore):
+            series.show((file("a"), b"a"), (file("giant"), b"x" * (20 * MIB)))
+        assert series.show((file("a", NOON + 1), b"b")) == []
+        assert list_tree(series.latest) == {"a": "file"} and series.texts() == {"a": "b"}
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 # ---- beside a real sweep ----
