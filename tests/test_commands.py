@@ -263,6 +263,8 @@ WRONG = {
         ["restore", FOLDER, "--to", "x", "--jobs", "65"],
         "'65' is not a number of processes from 1 to 64",
     ),
+    "when of no node": (["list", "--at", "latest"], "--at is for the files of a NODE"),
+    "when of the trash": (["list", "NODE", "--trash", "--at", "latest"], "--at is for the files of a NODE"),
     "bad exclude": (["node", "--exclude", "[z-a]"], "--exclude [z-a]: bad character range z-a"),
     "node with port name": (["node", "--port", "http"], "'http' is not a port"),
     "log file": (["server", "--range", "9", "--log-file", "no/such/folder/log"], "--log-file no/such/folder/log: No"),

@@ -1476,6 +1476,38 @@ def test_sweep_that_may_make_no_store(small: World) -> None:
     small.sweep("--no-create")
 
 
+def test_schedule_makes_a_store_that_could_not_be_made_at_first(small: World) -> None:
+    small.node()
+    small.store.write_text("in the way")
+    server = start_loop(small)
+    wait_until(lambda: "cannot be opened" in server.output or "Not a directory" in server.output, what="a failed sweep")
+    small.store.unlink()
+    wait_until(lambda: "1 of 1 copies good" in server.output, what="a good sweep")
+    assert server.stop() == 0
+
+
+def test_no_create_makes_no_folder_for_another_user_either(small: World) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    arguments = zbackup.read_arguments(
+        [
+            "server",
+            "--no-create",
+            "--user",
+            "nobody",
+            "--once",
+            "--range",
+            "9",
+            "--store",
+            str(small.path / "media/disk/backups"),
+        ]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zbackup, "become_user", lambda user: True)
+        assert zbackup.run_server(arguments) == 4
+    assert not (small.path / "media").exists()
+
+
 FAULT = """
 import errno, os, sys, zbackup
 name, path, most = sys.argv[1:4]
