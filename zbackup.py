@@ -5502,6 +5502,7 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
     import glob
 
     roots: dict[bytes, Root] = {}
+    literal: set[bytes] = set()  # what was named itself, and is not one of many that match
     missing = []
     for pattern in files:
         if not pattern:
@@ -5514,6 +5515,8 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
             root = Root(name_root(pattern, real, base), os.fsencode(find_absolute(real)))
             if roots.setdefault(root.stored, root) != root:
                 raise UsageError(f"--file {show(pattern)}: another file has the name {show(root.stored)} already")
+            if real == path:
+                literal.add(root.stored)
     ordered = sorted(roots.values(), key=lambda root: path_key(root.stored))
     kept: list[Root] = []
     inner: dict[bytes, list[bytes]] = {}
@@ -5524,9 +5527,9 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
             raise UsageError(
                 f"--file {show(root.real)}: its name {show(root.stored)} lies in that of {show(kept[-1].real)}"
             )
-        elif leads_inside(kept[-1], root):
+        elif root.stored in literal and leads_inside(kept[-1], root):
             inner.setdefault(kept[-1].stored, []).append(root.stored)
-        else:
+        elif root.stored in literal:
             missing.append(os.fsdecode(root.real))
     return [replace(root, inner=tuple(inner.get(root.stored, ()))) for root in kept], missing
 
@@ -5653,6 +5656,7 @@ class Scope:
         self.exclude = exclude
         self.named = {path for root in roots for path in (root.stored, *root.inner)}
         self.ways: dict[bytes, set[bytes]] = {}  # folders above an inner one, and what in them leads to it
+        self._shut: set[bytes] = set()  # of these, those that a scan found to be left out but for what leads on
         for root in roots:
             for path in root.inner:
                 while path != root.stored:
@@ -5670,8 +5674,16 @@ class Scope:
         return self.exclude.matches(path, is_folder) and path not in self.named and path not in self.ways
 
     def is_way_only(self, path: bytes) -> bool:
-        """Tell whether a folder is listed only as it leads to what was named."""
-        return path in self.ways and path not in self.named and self.exclude.matches(path, True)
+        """Tell whether a folder is listed only as it leads to what was named: as what it lies in is, or excluded."""
+        if path not in self.ways or path in self.named:
+            return False
+        return path.rpartition(b"/")[0] in self._shut or self.exclude.matches(path, True)
+
+    def list_ways(self, path: bytes) -> list[bytes]:
+        """Return what leads on in a folder that is left out; so are those in it."""
+        if path in self.ways:
+            self._shut.add(path)
+        return sorted(self.ways.get(path, ()))
 
     def lies_in_excluded(self, path: bytes) -> bool:
         """Tell whether a folder between a path and what was named above it is excluded."""
@@ -5784,7 +5796,7 @@ class Source:
     def list_names(self, path: bytes, folder: int) -> list[bytes]:
         """Return what is to be looked at in an open folder; in one that is left out, the ways to what was named."""
         if self.scope.is_way_only(path) or self.is_elsewhere(path, folder):
-            return sorted(self.scope.ways.get(path, ()))
+            return self.scope.list_ways(path)
         return sorted(map(os.fsencode, os.listdir(folder)))
 
     # -- what a path is --
@@ -5811,7 +5823,7 @@ class Source:
             return self._file_stat(path, owned, found)
         stat = Stat(path, kind, *owned, mtime=found.st_mtime_ns)
         if fd >= 0:
-            stat = self._add_xattrs(stat, fd, name)
+            stat = stat._replace(xattrs=self._xattrs(fd, name))
         if kind == "symlink" and fd >= 0:
             try:
                 return stat._replace(target=os.readlink(name, dir_fd=fd))
@@ -5845,13 +5857,11 @@ class Source:
         )
 
     @staticmethod
-    def _add_xattrs(stat: Stat, fd: int, name: bytes) -> Stat:
+    def _xattrs(fd: int, name: bytes) -> dict[str, str]:
         try:
-            return stat._replace(xattrs=list_xattrs(name_in(fd, name)))
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return stat  # gone, which the next call finds out; or there is no /proc here
-            return stat._replace(error=f"its extended attributes cannot be read: {explain(error)}")
+            return list_xattrs(name_in(fd, name))
+        except OSError:
+            return {}
 
     def look(self, path: bytes) -> Stat | None:
         """Return the Stat of a path; None when it is gone, excluded or part of a database."""
@@ -5892,8 +5902,10 @@ class Source:
                     head = os.read(file, 8)
                 finally:
                     os.close(file)
-        except OSError:
-            return True
+        except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
+            return error.errno in GONE  # else it is listed, and told of
         return not any(head) or head.startswith(LOG_HEADS[end])
 
     def _is_database(self, fd: int, name: bytes) -> bool:
@@ -5987,10 +5999,13 @@ def scan(source: Source) -> Iterator[Stat]:
 IMMUTABLE, READONLY, RECOVER = "immutable=1", "mode=ro", ""  # ways to read a database
 
 
-def find_wait(clock: Clock, moment: int) -> float:
-    """Return how long (s) to wait until a change shows in a time (ns): within its grain a second one does not."""
-    grain = GRAIN if moment % 10**9 else COARSE_GRAIN
-    return grain if 0 <= clock.now() - moment < grain * 1e9 else 0.0
+def find_wait(clock: Clock, mtime: int, ctime: int) -> float:
+    """Return how long (s) to wait until a change shows in a file's times (ns): within their grain a second is not seen.
+
+    A program may set the first one, as to a whole second; the second one shows what the filesystem can tell.
+    """
+    grain = GRAIN if ctime % 10**9 else COARSE_GRAIN
+    return grain if any(0 <= clock.now() - moment < grain * 1e9 for moment in (mtime, ctime)) else 0.0
 
 
 def _stat_or_none(path: str) -> list[int] | None:
@@ -6010,7 +6025,7 @@ def stat_settled(path: str, clock: Clock) -> list[list[int] | None]:
     """Return stat_database(path) from when on a change shows in it; OSError (EBUSY) where there is no such moment."""
     for _ in range(SETTLINGS):
         found = stat_database(path)
-        wait = max((find_wait(clock, time) for state in found if state for time in state[1:3]), default=0.0)
+        wait = max((find_wait(clock, state[1], state[2]) for state in found if state), default=0.0)
         if not wait:
             return found
         clock.sleep(wait)
@@ -6200,6 +6215,9 @@ def copy_database(origin: Origin, target: str, wait: float, clock: Clock) -> str
     failure = OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
     for number in range(TRIES):
         clock.sleep(PAUSE * (1 << number >> 1))  # none before the first
+        for end in ("", "-wal", "-journal"):  # SQLite would mend the next copy with the log of the last one
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(target + end)
         try:
             if _copy_one_way(origin, target, wait, clock):
                 return check_database(target)
@@ -6274,6 +6292,7 @@ class Handle(NamedTuple):
     xattrs: Mapping[str, str]
     note: str = ""  # what is wrong with it although it could be read
     check: Check | None = None  # of a database that is read where it lies
+    restless: bool = False  # it is written without a pause: its times do not tell whether it changed
 
 
 class Ask(NamedTuple):
@@ -6314,7 +6333,6 @@ def compare_pages(pages: bytes, base: bytes, length: int, part: int = 2) -> list
 
 
 DAMAGED = "SQLite finds damage in the database"
-RESTLESS = "is written without a pause: what was copied may be of several moments"
 
 
 class Settler:
@@ -6344,7 +6362,7 @@ class Settler:
 
     def find_wait(self, found: os.stat_result) -> float:
         """Return how long (s) to wait until a change of a file shows in its times."""
-        return max(find_wait(self._clock, found.st_mtime_ns), find_wait(self._clock, found.st_ctime_ns))
+        return find_wait(self._clock, found.st_mtime_ns, found.st_ctime_ns)
 
     def _sync(self, fd: int, found: os.stat_result) -> bool:
         """Write what a file has got through a shared map: a store into a page that is not clean sets no time.
@@ -6423,8 +6441,8 @@ class Files:
             found = self._settler.settle(fd, found)
             if stat.state != list_state(found):
                 stat = self.source.stat(stat.path, found)
-            note = RESTLESS if self._settler.find_wait(found) else ""
-            handle = Handle(stat.path, fd, stat, found.st_size, "stable", list_xattrs(fd), note)
+            restless = self._settler.find_wait(found) > 0
+            handle = Handle(stat.path, fd, stat, found.st_size, "stable", list_xattrs(fd), restless=restless)
             return self._clone(handle, found.st_dev, folder)
         except BaseException:
             os.close(fd)
@@ -6441,7 +6459,7 @@ class Files:
             return handle
         if clone_file(handle.fd, copy):
             os.close(handle.fd)
-            return handle._replace(fd=copy, size=os.fstat(copy).st_size, grade="frozen", note="")
+            return handle._replace(fd=copy, size=os.fstat(copy).st_size, grade="frozen", restless=False)
         os.close(copy)
         self._cannot_clone.add(device)
         return handle
@@ -6540,6 +6558,8 @@ class Files:
                 fields["line"] = encode_stat(handle.stat).decode("ascii")
             if handle.xattrs:
                 fields["xattrs"] = handle.xattrs
+            if handle.restless:
+                fields["restless"] = True
         note = self._note(handle, ask.chunk, offset + max(zeros, 1) * CHUNK)
         if note:
             fields["note"] = note
@@ -7731,6 +7751,10 @@ class Got(NamedTuple):
     length: int = 0
     told: Told | None = None  # what the node has told of the chunk: where the status is "pages", nothing is stored
 
+    def is_steady(self, stat: Stat) -> bool:
+        """Tell whether the file is still as `stat` says, and would not seem so had it changed (I8)."""
+        return self.fields.integers("state", 6, 1 << 64) == stat.state and not self.fields.flag("restless")
+
 
 def can_tell(data: bytes | memoryview) -> bool:
     """Tell whether there are enough bytes to see whether they compress."""
@@ -8253,8 +8277,7 @@ class Reading:
         if self._content is None:
             self._content = self.intake.describe(self.slot, got)
         self.note = self.note or got.fields.text("note", "")
-        if got.fields.integers("state", 6, 1 << 64) != self.slot.stat.state:
-            self.steady = False
+        self.steady = self.steady and got.is_steady(self.slot.stat)
 
     def _put(self, number: int, got: Got) -> None:
         if got.status in ("gone", "error"):
@@ -8523,7 +8546,7 @@ class Pull:
                 content = self.intake.describe(slot, got, (got.chunk,))
                 zeros = got.chunk == 1 and content.size <= CHUNK
                 whole = content.size == (0 if got.status == "end" else content.size if zeros else got.length)
-                slot.again = not whole or got.fields.integers("state", 6, 1 << 64) != slot.stat.state
+                slot.again = not whole or not got.is_steady(slot.stat)
                 if not slot.again:
                     self._finish(slot, content, got.fields.text("note", ""))
 
@@ -9366,7 +9389,7 @@ class Attributes:
             owned = self._set_owner(stat, lambda u, g: os.chown(name, u, g, dir_fd=folder, follow_symlinks=False))
             if stat.kind == "symlink":
                 self._set_xattrs(name_in(folder, name), stat.xattrs, follow=False)
-            elif not hasattr(os, "O_PATH"):
+            elif not hasattr(os, "O_PATH") or not os.path.exists("/proc/self/fd"):
                 os.chmod(name, _safe_mode(stat.mode, owned), dir_fd=folder)
             else:
                 with unopened(folder, name, KIND_BITS[stat.kind]) as path:
@@ -11421,7 +11444,7 @@ def run_server(args: argparse.Namespace) -> int:
         while not stop.is_set():
             started = clock.monotonic()
             code = sweep_once(addresses, settings, (clock, stop), output)
-            if is_store(settings.store):
+            if code != StoreError.exit_code or is_store(settings.store):  # it has been there
                 settings = replace(settings, create=False)  # when it has gone, it is on a disk that is not there
             if args.keep and not stop.is_set():
                 code = worst_code(code, prune_store(args, (clock, stop), output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -674,8 +675,38 @@ def test_file_written_without_a_pause_is_noted(tree: Path) -> None:
     at_rest = reader.read(Ask(b"files/bd", 0, [], b""))[0]
     reader.close()
     source.close()
-    assert restless["note"] == zbackup.RESTLESS
-    assert "note" not in at_rest
+    assert restless["restless"] and "restless" not in at_rest
+
+
+def test_failed_try_to_copy_a_database_leaves_nothing_to_the_next(tree: Path) -> None:
+    """SQLite would play the log of the one into the copy of the other."""
+    path = tree / "files/bd"
+    make_database(path).close()
+    (tree / "work").mkdir()
+    for end in ("", "-wal", "-journal"):
+        (tree / f"work/copy{end}").write_bytes(os.urandom(100_000))
+    with open(path, "rb") as file:
+        origin = zbackup.Origin(str(path), file.fileno())
+        assert zbackup.copy_database(origin, str(tree / "work/copy"), 1, zbackup.make_clock()) == ""
+    assert (tree / "work/copy").read_bytes() == path.read_bytes()
+    assert os.listdir(tree / "work") == ["copy"]
+
+
+def test_log_that_cannot_be_opened_is_told_of(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a file of the user that only has the name: not left out without a word."""
+    make_database(tree / "files/bd").close()
+    (tree / "files/bd-wal").write_text("a file of the user")
+    opened, numbers = os.open, [errno.EMFILE, errno.EACCES]
+
+    def fail(name: Any, *arguments: Any, **options: Any) -> int:
+        if name == b"bd-wal" and numbers:
+            raise OSError(numbers.pop(0), "refused")
+        return opened(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fail)
+    clock = zbackup.Clock(time.time_ns, time.monotonic, lambda seconds: None)
+    assert b"files/bd-wal" in [stat.path for stat in zbackup.scan(make_source(tree, clock=clock))]
+    assert numbers == []
 
 
 def test_frozen_copies_leave_nothing_in_the_spool(tree: Path) -> None:

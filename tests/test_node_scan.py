@@ -508,6 +508,45 @@ def test_named_inside_what_is_excluded(tree: Path) -> None:
         assert read(tree, path, *named, exclude=patterns) == {"status": "gone"}
 
 
+def test_named_deep_inside_what_is_excluded(tree: Path) -> None:
+    """What lies beside the way to it stays out, on every level."""
+    for name in ("cache/x/keep/k", "cache/x/secret", "cache/x/deep/er/secret", "cache/no", "a"):
+        (tree / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "files" / name).write_text("data")
+    listed = scan(tree, "files", "files/cache/x/keep", exclude=["cache"])
+    above = {b"files", b"files/cache", b"files/cache/x", b"files/cache/x/keep"}
+    assert set(listed) == above | {b"files/a", b"files/cache/x/keep/k"}
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can mount")
+def test_named_behind_a_mount_on_a_folder_of_the_first_filesystem(tree: Path) -> None:
+    (tree / "files/mount").mkdir()
+    (tree / "else/x/keep").mkdir(parents=True)
+    (tree / "else/x/keep/k").touch()
+    (tree / "else/secret").touch()
+    with mounted(tree / "files/mount"):
+        (tree / "files/mount/back").mkdir()
+        subprocess.run(["mount", "--bind", tree / "else", tree / "files/mount/back"], check=True)
+        try:
+            listed = scan(tree, "files", "files/mount/back/x/keep", one_file_system=True)
+        finally:
+            subprocess.run(["umount", tree / "files/mount/back"], check=True)
+    assert b"files/mount/back/x/keep/k" in listed
+    assert b"files/mount/back/secret" not in listed
+
+
+def test_many_that_match_are_not_named_one_by_one(tree: Path) -> None:
+    """A pattern that finds what lies in a folder which it finds, too, says nothing against --exclude."""
+    for name in ("a", "a.tmp", "sub/b.tmp", "sub/c"):
+        (tree / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "files" / name).write_text("data")
+    (tree / "files/link").symlink_to("sub")
+    roots, missing = zbackup.list_roots(["files/**"], str(tree))
+    assert ([(root.stored, root.inner) for root in roots], missing) == ([(b"files", ())], [])
+    listed = scan(tree, "files/**", exclude=["*.tmp"])
+    assert set(listed) == {b"files", b"files/a", b"files/link", b"files/sub", b"files/sub/c"}
+
+
 def test_named_behind_a_symlink_is_told_of(tree: Path) -> None:
     """The folder above it copies the link alone."""
     (tree / "real").mkdir()
@@ -667,19 +706,6 @@ def test_root_of_the_filesystem(tree: Path) -> None:
     assert list(listed) == [b"/".join(inside.split(b"/")[:depth]) for depth in range(1, inside.count(b"/") + 2)]
     assert read(tree, inside, "/", exclude=patterns)["status"] == "whole"
     assert read(tree, b"etc/passwd", "/", exclude=patterns) == {"status": "gone"}
-
-
-def test_attributes_of_a_folder_that_cannot_be_read_are_an_error(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tree / "files/sub").mkdir()
-    (tree / "files/sub/a").touch()
-
-    def fail(target: int | str) -> dict[str, str]:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(zbackup, "list_xattrs", fail)
-    listed = scan(tree)
-    assert listed[b"files/sub"].error == "its extended attributes cannot be read: Input/output error"
-    assert b"files/sub/a" in listed
 
 
 def test_filesystem_root_that_cannot_be_listed_is_no_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1487,6 +1487,17 @@ def test_symlink_in_place_of_a_fifo_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "victim").stat().st_mode & 0o777 == 0o600
 
 
+def test_fifo_where_there_is_no_proc(world: World) -> None:
+    """As in a rescue system, or a chroot."""
+    make_snapshot(world.store, [(describe("fifo", "fifo", mode=0o640), None)])
+    script = f"umount -l /proc && exec {sys.executable} -m zbackup restore {FOLDER} --to to"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", script], cwd=world.path, env=world.env, capture_output=True)
+    if b"unshare" in done.stderr or b"umount" in done.stderr:
+        pytest.skip(f"/proc cannot be taken away: {done.stderr.decode()}")
+    assert done.returncode == 0, done.stderr
+    assert stat_bits.S_IMODE((world.path / "to/fifo").stat().st_mode) == 0o640
+
+
 def test_folder_that_was_not_read_is_told(world: World) -> None:
     make_snapshot(world.store, [(describe("d", "directory", error="Permission denied"), None)], grade="partial")
     done = world.run("restore", FOLDER, "--to", "to", code=1)
