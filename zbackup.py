@@ -1406,7 +1406,7 @@ class ServerSettings:
 # ==== 4. DISK: durable writes, locks, folders that cannot be left ====
 
 TEMPORARY = ".zbackup-tmp-"  # prefix of a file that is not complete yet
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # they pass, and say nothing of the file that was to be read
+SHORTAGES = (errno.EMFILE, errno.ENFILE)  # of descriptors: they pass, and say nothing of the file that was to be read
 FICLONE = 0x40049409  # ioctl of Linux, <linux/fs.h>: share the blocks of another file
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: should it have become a fifo, do not wait for its writer.
@@ -5425,7 +5425,8 @@ def repair_identity(path: str) -> bool:
         with open(file, "rb") as found:
             data = found.read()
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.EIO):  # the disk has lost it; all else says nothing of it
+        lost = (errno.ENOENT, errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
+        if error.errno not in lost:  # what the disk has not lost must not be made anew
             raise StoreError(f"{file} cannot be read: {explain(error)}") from None
         data = b""
     told = re.search(rb'"id": "([0-9a-f]{32})"', data)  # by it nodes know the server again
@@ -5467,6 +5468,7 @@ class Root:
     stored: bytes  # its path in snapshots: as given, without a leading slash
     real: bytes  # absolute
     inner: tuple[bytes, ...] = ()  # what was named inside it, too: neither --exclude nor --one-file-system hides it
+    behind: tuple[bytes, ...] = ()  # absolute, what was named so behind a symlink: only the link is copied
 
 
 def name_root(pattern: str, real: str, base: str) -> bytes:
@@ -5494,7 +5496,7 @@ def leads_inside(root: Root, other: Root) -> bool:
 
 
 def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
-    """Return the roots that exist now, sorted, none inside another; and what matched nothing that can be served.
+    """Return the roots that exist now, sorted, none inside another; and what matched nothing.
 
     `base` is the folder that relative names start from.  Raises UsageError when two different
     files would get one name.
@@ -5520,6 +5522,7 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
     ordered = sorted(roots.values(), key=lambda root: path_key(root.stored))
     kept: list[Root] = []
     inner: dict[bytes, list[bytes]] = {}
+    behind: dict[bytes, list[bytes]] = {}
     for root in ordered:
         if not kept or not is_at_or_below(root.stored, kept[-1].stored):
             kept.append(root)
@@ -5530,8 +5533,11 @@ def list_roots(files: Sequence[str], base: str) -> tuple[list[Root], list[str]]:
         elif root.stored in literal and leads_inside(kept[-1], root):
             inner.setdefault(kept[-1].stored, []).append(root.stored)
         elif root.stored in literal:
-            missing.append(os.fsdecode(root.real))
-    return [replace(root, inner=tuple(inner.get(root.stored, ()))) for root in kept], missing
+            behind.setdefault(kept[-1].stored, []).append(root.real)
+    return [
+        replace(root, inner=tuple(inner.get(root.stored, ())), behind=tuple(behind.get(root.stored, ())))
+        for root in kept
+    ], missing
 
 
 GLOB_TOKEN = re.compile(
@@ -6190,8 +6196,15 @@ def _copy_one_way(origin: Origin, target: str, wait: float, clock: Clock) -> boo
     """Copy a database the way that fits it now; tells whether it was so until the end."""
     import sqlite3
 
-    way = choose_way(origin.path)
-    before = stat_settled(origin.path, clock) if way == IMMUTABLE else []
+    way, settled = choose_way(origin.path), True
+    before = stat_database(origin.path)
+    if way == IMMUTABLE:
+        try:
+            before = stat_settled(origin.path, clock)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            settled = False  # then the copy must be equal to what is read once more
     try:
         if way:
             _backup(origin, target, open_database(origin, way, wait, clock))
@@ -6203,7 +6216,8 @@ def _copy_one_way(origin: Origin, target: str, wait: float, clock: Clock) -> boo
             raise
         recover_database(origin, target, clock)
         return True
-    return way != IMMUTABLE or before == stat_database(origin.path)
+    same = settled or _are_equal(origin.path, target)
+    return way != IMMUTABLE or (same and before == stat_database(origin.path))
 
 
 def copy_database(origin: Origin, target: str, wait: float, clock: Clock) -> str:
@@ -6215,7 +6229,7 @@ def copy_database(origin: Origin, target: str, wait: float, clock: Clock) -> str
     failure = OSError(errno.EBUSY, "the SQLite database is opened and closed all the time")
     for number in range(TRIES):
         clock.sleep(PAUSE * (1 << number >> 1))  # none before the first
-        for end in ("", "-wal", "-journal"):  # SQLite would mend the next copy with the log of the last one
+        for end in ("", "-wal", "-shm", "-journal"):  # SQLite would mend the next copy with the log of the last one
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(target + end)
         try:
@@ -6558,7 +6572,8 @@ class Files:
                 fields["line"] = encode_stat(handle.stat).decode("ascii")
             if handle.xattrs:
                 fields["xattrs"] = handle.xattrs
-            if handle.restless:
+            # What is read twice alike has stood there meanwhile, whatever the times do not tell.
+            if handle.restless and (handle.size > CHUNK or read_range(handle.fd, CHUNK, offset) != data):
                 fields["restless"] = True
         note = self._note(handle, ask.chunk, offset + max(zeros, 1) * CHUNK)
         if note:
@@ -8241,7 +8256,7 @@ class Reading:
         if self._over or want.chunk < self.chunks.count:
             return  # in a hole that an earlier answer told of
         if got.status not in ("gone", "error", "lost", "later"):
-            self._look(got)
+            self._look(want, got)
         if got.status == "pages" and got.told:
             self._find(want, got, got.told)
         elif got.status == "later" and want.plan and self.last:
@@ -8272,9 +8287,10 @@ class Reading:
         while not self._over and self.chunks.count in self._ready and not self._is_whole:
             self._put(self.chunks.count, self._ready.pop(self.chunks.count))
 
-    def _look(self, got: Got) -> None:
-        """Take what an answer says of the whole file."""
-        if self._content is None:
+    def _look(self, want: Want, got: Got) -> None:
+        """Take what an answer says of the whole file: of the last one, where its start was asked for anew."""
+        anew = want.chunk == 0 and not self.chunks.count and "size" in got.fields.values
+        if self._content is None or anew:
             self._content = self.intake.describe(self.slot, got)
         self.note = self.note or got.fields.text("note", "")
         self.steady = self.steady and got.is_steady(self.slot.stat)
@@ -8396,7 +8412,7 @@ class Pull:
         answer = self.intake.call(OPEN, {"codecs": list_codecs(), "server": store}).fields
         missing = tuple(show(path)[:NAME_KEPT] for path in answer.texts("missing", ROOTS_KEPT))
         for path in missing:
-            self.intake.tally.fail(path, "does not exist on the node, or lies behind a symbolic link there")
+            self.intake.tally.fail(path, "does not exist on the node")
         return tuple(show(root)[:NAME_KEPT] for root in answer.texts("roots", ROOTS_KEPT)), missing
 
     def close(self) -> None:
@@ -11214,8 +11230,10 @@ def announce_node(node: Node, output: Output) -> None:
     settings = node.settings
     roots, missing = list_roots(settings.files, node.home.base)
     for pattern in missing:
-        output.warn(f"{show(pattern)} does not exist yet, or lies behind a symbolic link; each copy looks again for it")
+        output.warn(f"{show(pattern)} does not exist (yet); it is looked for again at each copy")
     for root in roots:
+        for real in root.behind:
+            output.warn(f"{show(real)} is behind a symbolic link in {show(root.real)}: name what the link points to")
         if os.path.islink(root.real):
             output.warn(f"{show(root.real)} is a symbolic link: the link alone is copied; name what it points to")
     who = f"the server with the key {settings.server_key}; this node's key is {node.pair.public}" if node.pair else ""

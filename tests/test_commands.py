@@ -854,11 +854,16 @@ def test_pyzmq_missing_makes_no_store(without_zmq: World) -> None:
 
 def test_node_says_what_it_serves(world: World) -> None:
     os.symlink("files", world.path / "link")
-    node = world.node("--file", "files", "--file", "link", "--file", "later\x1b", "--insecure")
+    os.symlink("../files", world.files / "inside")
+    (world.files / "a").touch()
+    node = world.node(
+        "--file", "files", "--file", "files/inside/a", "--file", "link", "--file", "later\x1b", "--insecure"
+    )
     said = node.output
-    assert r"later\x1b does not exist yet" in said
+    assert r"later\x1b does not exist (yet)" in said
     assert "link is a symbolic link: the link alone is copied" in said
-    assert r"serving files, link, later\x1b at" in said and "to any machine, without a key" in said
+    assert f"files/inside/a is behind a symbolic link in {world.files}: name what the link points to" in said
+    assert r"serving files, files/inside/a, link, later\x1b at" in said and "to any machine, without a key" in said
     wait_until(lambda: "--insecure: everyone" in node.output)
 
 

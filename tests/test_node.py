@@ -675,7 +675,27 @@ def test_file_written_without_a_pause_is_noted(tree: Path) -> None:
     at_rest = reader.read(Ask(b"files/bd", 0, [], b""))[0]
     reader.close()
     source.close()
-    assert restless["restless"] and "restless" not in at_rest
+    assert "restless" not in at_rest and "restless" not in restless  # read twice alike
+    path.write_bytes(bytes(2 * CHUNK))
+    source = make_source(tree, clock=clock)
+    reader = Files(source)
+    touch()
+    assert reader.read(Ask(b"files/bd", 0, [], b""))[0]["restless"]
+    reader.close()
+    source.close()
+
+
+def test_small_file_that_two_readings_differ_of_is_restless(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tree / "files/bd"
+    path.write_bytes(b"1")
+    read, found = zbackup.read_range, [b"1", b"2"]
+    monkeypatch.setattr(zbackup, "read_range", lambda *given: found.pop(0) if found else read(*given))
+    source = make_source(tree, clock=zbackup.Clock(lambda: path.stat().st_ctime_ns, time.monotonic, lambda s: None))
+    reader = Files(source)
+    fields, _ = reader.read(Ask(b"files/bd", 0, [], b""))
+    reader.close()
+    source.close()
+    assert fields["restless"]
 
 
 def test_failed_try_to_copy_a_database_leaves_nothing_to_the_next(tree: Path) -> None:
