@@ -6197,14 +6197,14 @@ def _copy_one_way(origin: Origin, target: str, wait: float, clock: Clock) -> boo
     import sqlite3
 
     way, settled = choose_way(origin.path), True
-    before = stat_database(origin.path)
+    before: list[list[int] | None] = []
     if way == IMMUTABLE:
         try:
             before = stat_settled(origin.path, clock)
         except OSError as error:
             if error.errno != errno.EBUSY:
                 raise
-            settled = False  # then the copy must be equal to what is read once more
+            before, settled = stat_database(origin.path), False  # the copy must equal what is read once more
     try:
         if way:
             _backup(origin, target, open_database(origin, way, wait, clock))

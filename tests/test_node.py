@@ -698,6 +698,22 @@ def test_small_file_that_two_readings_differ_of_is_restless(tree: Path, monkeypa
     assert fields["restless"]
 
 
+def test_database_at_rest_whose_times_cannot_tell(tree: Path) -> None:
+    """It is opened, written and closed all the time: the copy is good where it equals what is read once more."""
+    path = tree / "files/bd"
+    make_database(path, wal=True).close()
+    newest = path.stat().st_ctime_ns
+    clock = zbackup.Clock(lambda: newest, time.monotonic, lambda seconds: None)
+    with open(path, "rb") as file:
+        origin = zbackup.Origin(str(path), file.fileno())
+        assert zbackup.copy_database(origin, str(tree / "copy"), 1, clock) == ""
+        assert (tree / "copy").read_bytes() == path.read_bytes()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(zbackup, "_are_equal", lambda path, other: False)
+            with pytest.raises(OSError, match="opened and closed all the time"):
+                zbackup.copy_database(origin, str(tree / "copy"), 1, clock)
+
+
 def test_failed_try_to_copy_a_database_leaves_nothing_to_the_next(tree: Path) -> None:
     """SQLite would play the log of the one into the copy of the other."""
     path = tree / "files/bd"
