@@ -9403,14 +9403,14 @@ class Attributes:
         """Set those of a symlink, fifo or device, which are not opened."""
         if not self.options.private:
             owned = self._set_owner(stat, lambda u, g: os.chown(name, u, g, dir_fd=folder, follow_symlinks=False))
-            if stat.kind == "symlink":
-                self._set_xattrs(name_in(folder, name), stat.xattrs, follow=False)
-            elif not hasattr(os, "O_PATH") or not os.path.exists("/proc/self/fd"):
-                os.chmod(name, _safe_mode(stat.mode, owned), dir_fd=folder)
-            else:
+            if stat.kind != "symlink" and hasattr(os, "O_PATH") and os.path.exists("/proc/self/fd"):
                 with unopened(folder, name, KIND_BITS[stat.kind]) as path:
                     self._set_xattrs(path, stat.xattrs)
                     os.chmod(path, _safe_mode(stat.mode, owned))
+            else:
+                self._set_xattrs(name_in(folder, name), stat.xattrs, follow=False)
+                if stat.kind != "symlink":
+                    os.chmod(name, _safe_mode(stat.mode, owned), dir_fd=folder)
         os.utime(name, ns=(stat.mtime, stat.mtime), dir_fd=folder, follow_symlinks=False)
 
     def _set_owner(self, stat: Stat, set_owner: Callable[[int, int], None]) -> bool:

@@ -1487,14 +1487,17 @@ def test_symlink_in_place_of_a_fifo_is_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "victim").stat().st_mode & 0o777 == 0o600
 
 
-def test_fifo_where_there_is_no_proc(world: World) -> None:
-    """As in a rescue system, or a chroot."""
-    make_snapshot(world.store, [(describe("fifo", "fifo", mode=0o640), None)])
+@pytest.mark.parametrize("xattrs", [{}, {"trusted.a": "eA=="}])
+def test_fifo_where_there_is_no_proc(world: World, xattrs: dict[str, str]) -> None:
+    """As in a rescue system, or a chroot: what only a path leads to cannot be set, and is not passed over."""
+    stat = describe("fifo", "fifo", mode=0o640, xattrs=xattrs)
+    make_snapshot(world.store, [(stat, None)])
     script = f"umount -l /proc && exec {sys.executable} -m zbackup restore {FOLDER} --to to"
     done = subprocess.run(["unshare", "-m", "sh", "-c", script], cwd=world.path, env=world.env, capture_output=True)
     if b"unshare" in done.stderr or b"umount" in done.stderr:
         pytest.skip(f"/proc cannot be taken away: {done.stderr.decode()}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (1 if xattrs else 0), done.stderr
+    assert (b"extended attribute trusted.a of 1 paths could not be set" in done.stderr) == bool(xattrs)
     assert stat_bits.S_IMODE((world.path / "to/fifo").stat().st_mode) == 0o640
 
 
