@@ -1406,11 +1406,29 @@ class ServerSettings:
 # ==== 4. DISK: durable writes, locks, folders that cannot be left ====
 
 TEMPORARY = ".zbackup-tmp-"  # prefix of a file that is not complete yet
-SHORTAGES = (errno.EMFILE, errno.ENFILE)  # of descriptors: they pass, and say nothing of the file that was to be read
+FULL = (errno.ENOSPC, errno.EDQUOT)
 FICLONE = 0x40049409  # ioctl of Linux, <linux/fs.h>: share the blocks of another file
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: should it have become a fifo, do not wait for its writer.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def is_shortage(error: Exception) -> bool:
+    """Tell whether there were no descriptors left: that passes, and says nothing of the file that was to be read."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+def find_data(fd: int, offset: int, end: int) -> int:
+    """Return where an open file has data again from `offset` on; `end` where only a hole is left.
+
+    `offset` where the filesystem cannot tell.
+    """
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except AttributeError:
+        return offset
+    except OSError as error:
+        return end if error.errno == errno.ENXIO else offset
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
@@ -1625,6 +1643,7 @@ def copy_range(source: int, target: int, length: int, offset: int) -> None:
 def _are_equal(path: str, other: str) -> bool:
     import filecmp
 
+    filecmp.clear_cache()  # it goes by the times of the files
     with contextlib.suppress(OSError):  # what cannot be read is not known to be equal
         return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
     return False
@@ -1919,7 +1938,7 @@ def load_pair(path: str, failure: type[BackupError] = BackupError) -> KeyPair:
     except FormatError as error:
         raise BackupError(f"{show(path)} {error}; restore it, or remove it, and a new one is made") from None
     except OSError as error:
-        kind = FullStore if error.errno in (errno.ENOSPC, errno.EDQUOT) else failure
+        kind = FullStore if error.errno in FULL else failure
         raise kind(f"the key {show(path)} can be neither read nor made: {explain(error)}") from None
     return KeyPair(zmq.curve_public(secret.encode("ascii")).decode("ascii"), secret)
 
@@ -2697,7 +2716,7 @@ aside/ has what `repair` found damaged and moved out of the way.
 
 def refuse(error: OSError, what: str) -> StoreError:
     """Return what a disk refused as a StoreError; `what` could not be done, unless the disk is full."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return FullStore(f"the store is full: {explain(error)}; see `prune`, which makes room also then")
     return StoreError(f"the store {what}: {explain(error)}")
 
@@ -4010,7 +4029,7 @@ class Store:
         except FileNotFoundError:
             return  # listed in the moment in which another run replaced it
         except (FormatError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in SHORTAGES:
+            if is_shortage(error):
                 raise
             self.note_damage(name, BAD_PACK)
 
@@ -4756,7 +4775,7 @@ def execute_prune(mark: Mark, plan: PrunePlan, now: int, pack_size: int = PACK_S
             except CodecError as error:
                 problem = f"pack {use.name} is {error}"
             except (FormatError, OSError) as error:
-                if isinstance(error, OSError) and error.errno in SHORTAGES:
+                if is_shortage(error):
                     raise
                 store.note_damage(use.name, BAD_PACK)
                 problem = f"pack {use.name} is damaged: {error}; see `repair`"
@@ -4892,7 +4911,7 @@ def verify_pack(reader: Reader, name: str, path: str) -> PackCheck:
     except CodecError as error:
         raise CodecMissing(f"pack {name} is {error}") from None
     except OSError as error:
-        if error.errno in SHORTAGES:
+        if is_shortage(error):
             raise
         return PackCheck(
             name, 0, f"cannot be read: {explain(error)}", tuple(d for d, *_ in reader.index.list_rows(name))
@@ -5909,7 +5928,7 @@ class Source:
                 finally:
                     os.close(file)
         except OSError as error:
-            if error.errno in SHORTAGES:
+            if is_shortage(error):
                 raise
             return error.errno in GONE  # else it is listed, and told of
         return not any(head) or head.startswith(LOG_HEADS[end])
@@ -5925,7 +5944,7 @@ class Source:
                 finally:
                     os.close(file)
         except OSError as error:
-            if error.errno in SHORTAGES:
+            if is_shortage(error):
                 raise  # a database must not pass for a plain file
             return False
 
@@ -5958,7 +5977,7 @@ def _look(source: Source, path: bytes, tries: int = PATIENCE) -> tuple[Stat | No
             return (stat or Stat(path, "directory"))._replace(error=error), []
         return stat, names
     except OSError as error:
-        if error.errno in SHORTAGES and tries:
+        if is_shortage(error) and tries:
             source.clock.sleep(PAUSE * 2 ** (PATIENCE - tries))
             return _look(source, path, tries - 1)
         if not path:
@@ -6010,8 +6029,8 @@ def find_wait(clock: Clock, mtime: int, ctime: int) -> float:
 
     A program may set the first one, as to a whole second; the second one shows what the filesystem can tell.
     """
-    grain = GRAIN if ctime % 10**9 else COARSE_GRAIN
-    return grain if any(0 <= clock.now() - moment < grain * 1e9 for moment in (mtime, ctime)) else 0.0
+    grain, now = GRAIN if ctime % 10**9 else COARSE_GRAIN, clock.now()
+    return grain if any(0 <= now - moment < grain * 1e9 for moment in (mtime, ctime)) else 0.0
 
 
 def _stat_or_none(path: str) -> list[int] | None:
@@ -6359,24 +6378,20 @@ class Settler:
         self._synced: dict[int, int] = {}  # when each device was (ns)
         self._alone = 0  # files
 
-    def settle(self, fd: int, found: os.stat_result) -> os.stat_result:
-        """Return the stat of an open file from when on a change of it shows in its times.
+    def settle(self, fd: int, found: os.stat_result) -> tuple[os.stat_result, bool]:
+        """Return the stat of an open file from when on a change of it shows in its times, and False.
 
-        One that is written without a pause is not waited for: then it is no such moment.
+        One that is written without a pause is not waited for: then True, as there is no such moment.
         """
         for _ in range(SETTLINGS):
             if self._sync(fd, found):
                 found = os.fstat(fd)
-            wait = self.find_wait(found)
+            wait = find_wait(self._clock, found.st_mtime_ns, found.st_ctime_ns)
             if not wait:
-                break
+                return found, False
             self._clock.sleep(wait)
             found = os.fstat(fd)
-        return found
-
-    def find_wait(self, found: os.stat_result) -> float:
-        """Return how long (s) to wait until a change of a file shows in its times."""
-        return find_wait(self._clock, found.st_mtime_ns, found.st_ctime_ns)
+        return found, find_wait(self._clock, found.st_mtime_ns, found.st_ctime_ns) > 0
 
     def _sync(self, fd: int, found: os.stat_result) -> bool:
         """Write what a file has got through a shared map: a store into a page that is not clean sets no time.
@@ -6452,10 +6467,9 @@ class Files:
             found = os.fstat(fd)
             if not stat_bits.S_ISREG(found.st_mode):
                 raise FileNotFoundError(errno.ENOENT, "no longer a file")
-            found = self._settler.settle(fd, found)
+            found, restless = self._settler.settle(fd, found)
             if stat.state != list_state(found):
                 stat = self.source.stat(stat.path, found)
-            restless = self._settler.find_wait(found) > 0
             handle = Handle(stat.path, fd, stat, found.st_size, "stable", list_xattrs(fd), restless=restless)
             return self._clone(handle, found.st_dev, folder)
         except BaseException:
@@ -6545,7 +6559,7 @@ class Files:
             if error.errno in GONE:
                 # Still there where it was replaced, or where the log of a database went away.
                 return {"status": "later" if self._is_there(ask.path) else "gone"}, []
-            if error.errno in SHORTAGES:
+            if is_shortage(error):
                 return {"status": "later"}, []
             return {"status": "error", "error": explain(error)}, []
 
@@ -6614,15 +6628,9 @@ class Files:
     @staticmethod
     def _find_zeros(handle: Handle, offset: int) -> int:
         """Return how many whole chunks from `offset` on lie in a hole."""
-        if not handle.stat.sparse or offset >= handle.size or not hasattr(os, "SEEK_DATA"):
+        if not handle.stat.sparse or offset >= handle.size:
             return 0
-        try:
-            data = os.lseek(handle.fd, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno != errno.ENXIO:
-                return 0
-            return count_chunks(handle.size) - offset // CHUNK  # a hole up to the end
-        return data // CHUNK - offset // CHUNK
+        return find_data(handle.fd, offset, count_chunks(handle.size) * CHUNK) // CHUNK - offset // CHUNK
 
     @staticmethod
     def _state(handle: Handle) -> list[int]:
@@ -9826,7 +9834,7 @@ class FileWriter:
             return None
 
     def _note(self, path: bytes, failure: Failure) -> None:
-        if failure.number in (errno.ENOSPC, errno.EDQUOT):
+        if failure.number in FULL:
             raise OSError(failure.number, os.strerror(failure.number))
         self.fail(path, failure.message, failure.damaged)
 
@@ -10132,7 +10140,7 @@ class Latest:
             state = replace(state, next=snapshot.name, token=state.token or os.urandom(16).hex())
             return self._apply(state, snapshot)
         except (OSError, BackupError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in FULL:
                 raise refuse(error, "") from None
             reason = explain(error) if isinstance(error, OSError) else str(error)
             return [Problem("latest", f"could not be brought up to date: {reason}")]
@@ -10144,12 +10152,12 @@ class Latest:
         except (OSError, FormatError):
             return LatestState(token=state.token, older=_thin(replace(state, next="").snapshots))
         try:
-            problems = self._apply(state, again)
+            done = not self._apply(state, again)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
-            problems = [Problem("latest", explain(error))]  # what is newer may need less room
-        if problems:  # what is there is of either: all counts as new
+            done = False  # what is newer may need less room
+        if not done:  # what is there is of either: all counts as new
             return LatestState(token=state.token, older=_thin(state.snapshots))
         return replace(state, snapshot=state.next, next="", token="", older=self.load().older)
 
@@ -10222,24 +10230,15 @@ class Latest:
 # ---- what was restored, or stands in `latest`, compared with the store ----
 
 
-def is_hole(fd: int, start: int, end: int) -> bool:
-    """Tell whether an open file has nothing but a hole there, where the filesystem can tell."""
-    if not hasattr(os, "SEEK_DATA"):
-        return False
-    try:
-        return os.lseek(fd, start, os.SEEK_DATA) >= end
-    except OSError as error:
-        return error.errno == errno.ENXIO  # a hole up to the end of the file
-
-
 def has_content(reader: Reader, content: Content, fd: int) -> bool:
     """Tell whether an open file has this content, by its digests."""
     if os.fstat(fd).st_size != content.size:
         return False
     at = 0
     for chunk in list_chunks(reader, content):
-        if isinstance(chunk, int) and is_hole(fd, at, min(at + chunk * CHUNK, content.size)):
-            at = min(at + chunk * CHUNK, content.size)
+        end = min(at + chunk * CHUNK, content.size) if isinstance(chunk, int) else 0
+        if end and find_data(fd, at, content.size) >= end:
+            at = end
             continue
         for digest in itertools.repeat(b"", chunk) if isinstance(chunk, int) else (chunk,):
             data = read_range(fd, CHUNK, at)
